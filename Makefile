@@ -1,0 +1,55 @@
+# On a machine that has only Python (3.11 or newer, with venv): `make demo`, `make test`, `make bench`.
+# Each target sets up its own part of one virtual environment, again only after pyproject.toml changes.
+
+PYTHON ?= python3
+VENV ?= .venv
+BENCH ?=
+BIN := $(VENV)/bin
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test bench format clean
+
+help:
+	@echo "make demo    train on real Sentinel-2 tiles and compare the loaders (about two minutes after the downloads)"
+	@echo "make test    ruff, mypy, pytest"
+	@echo "make bench   compare with the other data loaders; BENCH=--quick for a short run"
+	@echo "make format  let ruff rewrite what it can"
+	@echo "make clean   remove $(VENV) and the caches"
+	@echo "PYTHON=python3.12 chooses the interpreter, VENV=folder the environment"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-examples: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable ".[examples]"
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+# torch is held at one version, so that figures taken on different days compare the same peer.
+$(VENV)/.installed-bench: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet "torch==2.13.0" --editable ".[bench]"
+	@touch $@
+
+demo: $(VENV)/.installed-examples
+	$(BIN)/python examples/satellite.py
+
+test: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks $(BENCH)
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,296 @@
+"""Shared memory: slots that batches are built in, leases on them, and segments that carry the source.
+
+A *slot* is one anonymous memory file. The parent creates it, lends it to a worker for one batch, and hands the finished
+arrays to the consumer without a copy; they stand on a *lease*, and when the last of them is gone the lease returns the
+slot to its arena (P6). The files have no name, so nothing is left behind whoever is killed when (P4).
+
+Layout of a slot: 64 bytes of control words, then the buffers, each at a multiple of 64 bytes. A worker that needs more
+room extends the file and tells the parent its new size in the reply.
+
+NOTE (no lock in a finaliser): a lease may die on any thread, also inside the allocator while a lock is held, so giving a
+slot back is one `deque.append` and nothing else.
+"""
+
+from __future__ import annotations
+
+import collections
+import mmap
+import os
+import pickle
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from keras_mp import wire
+
+CONTROL_BYTES = 64
+NOT_STARTED = -1
+
+# Free slots kept for reuse beyond those in use: enough that steady state creates none, few enough to give memory back
+# after a consumer that held many batches has let them go.
+_SPARE_SLOTS = 8
+
+
+def create_memory_file() -> int:
+    """A new anonymous memory file's descriptor.
+
+    Raises:
+        OSError: no descriptor or memory is left.
+    """
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("keras_mp", os.MFD_CLOEXEC)
+    with tempfile.TemporaryFile() as file:  # already unlinked: macOS has no memfd
+        return os.dup(file.fileno())
+
+
+def round_to_page(size: int) -> int:
+    """The next multiple of the page size."""
+    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+class Slot:
+    """The parent's side of one slot."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.fd = create_memory_file()
+        self.size = mmap.PAGESIZE
+        self._map: npt.NDArray[np.uint8] | None = None
+        try:
+            os.ftruncate(self.fd, self.size)
+            self.memory()
+        except OSError:
+            os.close(self.fd)
+            raise
+
+    def memory(self) -> npt.NDArray[np.uint8]:
+        """The whole slot as bytes, mapped anew after the worker has extended it."""
+        if self._map is None or self._map.nbytes < self.size:
+            self._map = np.frombuffer(mmap.mmap(self.fd, self.size), dtype=np.uint8)
+        return self._map
+
+    def write(self, data: bytes) -> None:
+        """Puts `data` behind the control words (a request too long for the socket)."""
+        needed = CONTROL_BYTES + len(data)
+        if needed > self.size:
+            os.ftruncate(self.fd, round_to_page(needed))
+            self.size = round_to_page(needed)
+        self.memory()[CONTROL_BYTES:needed] = np.frombuffer(data, dtype=np.uint8)
+
+    def close(self) -> None:
+        """Gives up the descriptor; the memory itself lives on in arrays that still stand on it."""
+        os.close(self.fd)
+        self._map = None
+
+
+class Lease:
+    """The right to a slot, and the base of every array in it. The slot goes back when the last of them is gone."""
+
+    def __init__(self, slot: Slot, freed: collections.deque[Slot]) -> None:
+        self.slot = slot
+        self._freed = freed
+        self._memory = slot.memory()
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        self._memory = self.slot.memory()
+        return {
+            "version": 3,
+            "typestr": "|u1",
+            "shape": self._memory.shape,
+            "data": (self._memory.ctypes.data, False),
+        }
+
+    def __del__(self) -> None:
+        # NumPy's own views would collapse to the map below; only this object knows that the consumer is done.
+        self._freed.append(self.slot)
+
+    def position(self) -> int:
+        """The first control word: the position of the sample being processed, or `NOT_STARTED`."""
+        return int(self._memory[:8].view(np.int64)[0])
+
+    def decode(self, header: bytes | tuple[int, int], places: Sequence[tuple[int, int]]) -> Any:
+        """Unpickles a batch whose buffers lie at `places` (offset, bytes); its arrays alias the slot.
+
+        Args:
+            header: the pickle itself, or where in the slot it lies.
+            places: where the out-of-band buffers lie.
+        """
+        memory = np.asarray(self)
+        if not isinstance(header, bytes):
+            header = memory[header[0] : header[0] + header[1]].tobytes()
+        return pickle.loads(header, buffers=[memory[offset : offset + size] for offset, size in places])
+
+
+class Arena:
+    """The slots of one dataset, created as they are needed: waiting for a free one could deadlock under TensorFlow."""
+
+    def __init__(self) -> None:
+        self._freed: collections.deque[Slot] = collections.deque()
+        self._numbers = 0
+        self.slots: dict[int, Slot] = {}
+        self._closed = False
+
+    def acquire(self) -> Lease:
+        """A lease on a free slot, the most recently used one first, because its pages are still warm.
+
+        Raises:
+            OSError: memory or descriptors are refused.
+        """
+        try:
+            slot = self._freed.pop()
+        except IndexError:
+            slot = Slot(self._numbers)
+            self._numbers += 1
+            self.slots[slot.number] = slot
+        lease = Lease(slot, self._freed)
+        slot.memory()[:CONTROL_BYTES].view(np.int64)[0] = NOT_STARTED
+        return lease
+
+    def trim(self) -> list[int]:
+        """Closes free slots beyond what is in use plus a reserve; returns their numbers, for workers to forget."""
+        dropped = []
+        in_use = len(self.slots) - len(self._freed)
+        while len(self._freed) > (0 if self._closed else in_use + _SPARE_SLOTS):
+            slot = self._freed.popleft()
+            del self.slots[slot.number]
+            slot.close()
+            dropped.append(slot.number)
+        return dropped
+
+    def close(self) -> None:
+        """Closes every descriptor. Arrays still held by the consumer stay valid: their mapping is their own."""
+        if self._closed:
+            return
+        self._closed = True
+        for slot in self.slots.values():
+            slot.close()
+        self.slots.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all slots, in bytes; pages never written take no memory."""
+        return sum(slot.size for slot in list(self.slots.values()))
+
+
+class SlotMemory:
+    """The worker's side of one slot: hands out aligned arrays in it, and knows which arrays lie in it."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self.size = 0
+        self._end = CONTROL_BYTES
+        self._maps: list[tuple[int, npt.NDArray[np.uint8]]] = []
+        self._control: npt.NDArray[np.int64] | None = None
+
+    def begin(self, size: int) -> None:
+        """Starts a batch in a slot that is now `size` bytes long, in one mapping."""
+        if self.size != size or len(self._maps) != 1:
+            self._maps = [(0, np.frombuffer(mmap.mmap(self._fd, size), dtype=np.uint8))]
+            self.size = size
+            self._control = self._maps[0][1][:CONTROL_BYTES].view(np.int64)
+        self._end = CONTROL_BYTES
+
+    def note_sample(self, position: int) -> None:
+        """Records which sample is being processed, for the parent to read should this process die."""
+        if self._control is not None:
+            self._control[0] = position
+
+    def read(self, size: int) -> bytes:
+        """The `size` bytes behind the control words."""
+        return self._maps[0][1][CONTROL_BYTES : CONTROL_BYTES + size].tobytes()
+
+    def take(self, size: int) -> tuple[int, npt.NDArray[np.uint8]]:
+        """The next `size` bytes, aligned: their offset and the memory.
+
+        Raises:
+            OSError: the slot cannot grow.
+        """
+        offset = wire.align(self._end)
+        start, memory = self._maps[-1]
+        if offset + size > self.size:
+            # Arrays handed out earlier point into the old mapping, so the new room gets a mapping of its own.
+            start = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+            new_size = round_to_page(offset + size + size // 8)
+            os.ftruncate(self._fd, new_size)
+            self.size = new_size
+            memory = np.frombuffer(mmap.mmap(self._fd, new_size - start, offset=start), dtype=np.uint8)
+            self._maps.append((start, memory))
+        self._end = offset + size
+        return offset, memory[offset - start : offset - start + size]
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        """Like `np.empty`, in the slot.
+
+        Raises:
+            OSError: the slot cannot grow.
+        """
+        _, memory = self.take(wire.nbytes(shape, dtype))
+        return memory.view(dtype).reshape(shape) if memory.nbytes else np.empty(shape, dtype)
+
+    def put(self, buffer: pickle.PickleBuffer) -> tuple[int, int]:
+        """Where `buffer` lies in the slot: (offset, bytes). It is copied there only if it lies elsewhere.
+
+        Raises:
+            OSError: the slot cannot grow.
+        """
+        data = np.frombuffer(buffer.raw(), dtype=np.uint8) if buffer.raw().nbytes else np.empty(0, np.uint8)
+        address = data.ctypes.data
+        for start, memory in self._maps:
+            base = memory.ctypes.data
+            if base <= address and address + data.nbytes <= base + memory.nbytes:
+                offset = start + address - base
+                if offset % wire.ALIGNMENT == 0 and data.nbytes:
+                    return offset, data.nbytes
+        offset, target = self.take(data.nbytes)
+        target[...] = data
+        return offset, data.nbytes
+
+    def close(self) -> None:
+        """Gives up the descriptor and the mappings."""
+        os.close(self._fd)
+        self._maps.clear()
+        self._control = None
+
+
+class Segment:
+    """Read-only memory that the parent fills once and every worker maps: the large arrays of a source."""
+
+    def __init__(self, buffers: Sequence[pickle.PickleBuffer], places: Sequence[tuple[int, int]], size: int) -> None:
+        self.fd = create_memory_file()
+        self.size = size
+        try:
+            os.ftruncate(self.fd, size)
+            for buffer, (offset, _) in zip(buffers, places, strict=True):
+                _write_all(self.fd, buffer.raw(), offset)
+        except OSError:
+            os.close(self.fd)
+            raise
+
+    def holds(self, buffers: Sequence[pickle.PickleBuffer], places: Sequence[tuple[int, int]], size: int) -> bool:
+        """Whether filling a segment with these buffers would give this one's bytes again."""
+        if size != self.size:
+            return False
+        memory = map_segment(self.fd, size)
+        return all(
+            np.array_equal(memory[offset : offset + length], np.frombuffer(buffer.raw(), dtype=np.uint8))
+            for buffer, (offset, length) in zip(buffers, places, strict=True)
+        )
+
+    def close(self) -> None:
+        """Gives up the descriptor; workers keep their mappings."""
+        os.close(self.fd)
+
+
+def map_segment(fd: int, size: int) -> npt.NDArray[np.uint8]:
+    """A segment as read-only bytes."""
+    return np.frombuffer(mmap.mmap(fd, size, access=mmap.ACCESS_READ), dtype=np.uint8)
+
+
+def _write_all(fd: int, data: memoryview, offset: int) -> None:
+    while data.nbytes:
+        written = os.pwrite(fd, data[: 1 << 30], offset)
+        data, offset = data[written:], offset + written

@@ -1,0 +1,172 @@
+"""Which samples make batch i of epoch e: pure index arithmetic, the same in every process and on every shard.
+
+The order of an epoch is a function of (length, seed, epoch) alone (P2), and every sample is in it exactly once (P1).
+
+Sharding. With `n` shards, global step `t` takes the next `n * batch_size` samples of the epoch's order and shard `i`
+the `i`-th run of `batch_size` of them, so the shards' batches of one step, concatenated, are the batch an unsharded
+dataset with `batch_size=n * batch_size` would give. The rest at the end is spread evenly, sizes differing by at most
+one; when it is smaller than the number of shards, the last step takes one sample per shard and the step before it is
+that much smaller, so that no shard ever goes without a batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Indices = npt.NDArray[np.int64]
+Order = Callable[[int, np.random.Generator], Any]
+
+# A permutation of this many samples takes 8 MB and 20 ms; beyond it a keyed bijection needs neither.
+_MATERIALISE_LIMIT = 1 << 20
+_FEISTEL_ROUNDS = 8
+_SHUFFLE_STREAM, _ORDER_STREAM = 1, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Batching:
+    """The plan of all epochs.
+
+    Attributes:
+        length: number of samples in the source.
+        batch_size: samples a batch (on each shard).
+        shuffle: whether each epoch has its own permutation.
+        seed: root of all randomness.
+        drop_remainder: leave out the samples that do not fill a batch on every shard.
+        num_shards: into how many parts the epoch is split.
+        shard: which part this is.
+        order: optional callable (epoch, rng) -> sequence of sample indices that replaces the permutation.
+    """
+
+    length: int
+    batch_size: int
+    shuffle: bool = False
+    seed: int = 0
+    drop_remainder: bool = False
+    num_shards: int = 1
+    shard: int = 0
+    order: Order | None = None
+
+    @functools.cached_property
+    def epoch_length(self) -> int:
+        """Samples in an epoch's order, over all shards, before `drop_remainder`."""
+        return self.length if self.order is None else len(self._custom_order(0))
+
+    @functools.cached_property
+    def num_batches(self) -> int:
+        """Batches an epoch, the same on every shard."""
+        step = self.batch_size * self.num_shards
+        return self.epoch_length // step if self.drop_remainder else -(-self.epoch_length // step)
+
+    def span(self, batch: int) -> tuple[int, int]:
+        """Positions [start, stop) in the epoch's order that make this shard's `batch`."""
+        if not 0 <= batch < self.num_batches:
+            raise IndexError(f"batch {batch} is out of range for {self.num_batches} batches")
+        step = self.batch_size * self.num_shards
+        start, stop = batch * step, min((batch + 1) * step, self.epoch_length)
+        rest = self.epoch_length - (self.num_batches - 1) * step
+        if rest < self.num_shards and self.num_batches > 1:
+            missing = self.num_shards - rest
+            if batch == self.num_batches - 1:
+                start -= missing
+            elif batch == self.num_batches - 2:
+                stop -= missing
+        each, extra = divmod(stop - start, self.num_shards)
+        first = start + self.shard * each + min(self.shard, extra)
+        return first, first + each + (self.shard < extra)
+
+    def samples(self, epoch: int, batch: int) -> Indices:
+        """Source indices of `batch` in `epoch`: int64, shape (samples in the batch,)."""
+        start, stop = self.span(batch)
+        if self.order is not None:
+            return self._custom_order(epoch)[start:stop]
+        if not self.shuffle:
+            return np.arange(start, stop, dtype=np.int64)
+        if self.length <= _MATERIALISE_LIMIT:
+            return _permutation(self.length, self.seed, epoch)[start:stop]
+        return keyed_permutation(np.arange(start, stop, dtype=np.int64), self.length, self.seed, epoch)
+
+    def _custom_order(self, epoch: int) -> Indices:
+        assert_order = self.order
+        if assert_order is None:
+            raise ValueError("no custom order was given")
+        order = _evaluate_order(assert_order, self.seed, epoch, self.length)
+        known = self.__dict__.get("epoch_length")
+        if known is not None and len(order) != known:
+            raise ValueError(
+                f"order(epoch={epoch}) returned {len(order)} indices, but order(epoch=0) returned {known}; Keras needs "
+                "the same number of batches in every epoch: return the same number each time"
+            )
+        return order
+
+
+@functools.lru_cache(maxsize=8)
+def _permutation(length: int, seed: int, epoch: int) -> Indices:
+    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, _SHUFFLE_STREAM])))
+    order = rng.permutation(length)
+    order.flags.writeable = False
+    return order
+
+
+@functools.lru_cache(maxsize=4)
+def _evaluate_order(order: Order, seed: int, epoch: int, length: int) -> Indices:
+    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, _ORDER_STREAM])))
+    raw = order(epoch, rng)
+    indices = np.asarray(raw if isinstance(raw, np.ndarray | Sequence) else list(raw))
+    if indices.ndim != 1 or indices.size == 0 or not np.issubdtype(indices.dtype, np.integer):
+        raise ValueError(
+            f"order(epoch={epoch}) must return a non-empty 1-d sequence of integers, got shape {indices.shape} and "
+            f"dtype {indices.dtype}"
+        )
+    low, high = int(indices.min()), int(indices.max())
+    if low < 0 or high >= length:
+        raise ValueError(f"order(epoch={epoch}) returned index {low if low < 0 else high}, outside 0..{length - 1}")
+    result = indices.astype(np.int64)
+    result.flags.writeable = False
+    return result
+
+
+def keyed_permutation(positions: Indices, length: int, seed: int, epoch: int) -> Indices:
+    """Maps positions to a pseudo-random permutation of range(length), in constant memory.
+
+    A balanced Feistel network is a bijection on 2**(2k) numbers whatever its round function (Luby and Rackoff, "How to
+    construct pseudorandom permutations from pseudorandom functions", SIAM J. Comput. 17(2), 1988). Applying it again to
+    results that fall outside range(length) restricts it to that range (cycle-walking: Black and Rogaway, "Ciphers with
+    arbitrary finite domains", CT-RSA 2002). The domain is less than four times `length`, so a position walks fewer
+    than four rounds on average.
+
+    Args:
+        positions: int64, any shape, values in 0..length-1.
+        length: size of the permuted range.
+        seed: root of all randomness.
+        epoch: the epoch whose permutation is wanted.
+
+    Returns:
+        int64 array of the same shape, values in 0..length-1.
+    """
+    half = max(1, (int(length - 1).bit_length() + 1) // 2)
+    mask = np.uint64((1 << half) - 1)
+    shift = np.uint64(half)
+    keys = np.random.SeedSequence([seed, epoch, _SHUFFLE_STREAM]).generate_state(_FEISTEL_ROUNDS, np.uint64)
+    result = positions.astype(np.uint64)
+    outside = np.ones(result.shape, dtype=bool)
+    while outside.any():
+        values = result[outside]
+        left, right = values >> shift, values & mask
+        for key in keys:
+            left, right = right, left ^ (_mix(right ^ key) & mask)
+        result[outside] = (left << shift) | right
+        outside = result >= length
+    return result.astype(np.int64)
+
+
+def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

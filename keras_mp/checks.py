@@ -1,0 +1,130 @@
+"""Checks of constructor arguments: each error names the argument, the value received and the fix."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import math
+import operator
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+from keras_mp.pool import WorkerPool
+from keras_mp.wire import short_repr
+
+
+def check_source(source: Any, name: str = "source") -> int:
+    """The length of a source.
+
+    Raises:
+        TypeError: it has no `len()` or no `[i]`.
+        ValueError: it is empty.
+    """
+    if isinstance(source, str | bytes | Mapping | set | frozenset):
+        raise TypeError(
+            f"{name} must be a sequence of samples, got a {type(source).__name__}: {short_repr(source, 80)}; pass a list, "
+            "such as sorted(directory.glob('*.npy')) or list(mapping.items())"
+        )
+    if hasattr(source, "iloc"):
+        raise TypeError(f"{name} must give a row for [i], but a {type(source).__name__} gives columns; pass "
+                        f"{name}.to_dict('records') or {name}.to_records()")
+    if not hasattr(source, "__getitem__"):
+        raise TypeError(f"{name} must have len() and [i], got {short_repr(source, 80)}; pass list({name}) if it is iterable")
+    try:
+        length = len(source)
+    except TypeError as error:
+        raise TypeError(f"{name} must have len() and [i], got {short_repr(source, 80)}: {error}") from None
+    if length == 0:
+        raise ValueError(f"{name} is empty, got {short_repr(source, 80)}; a dataset needs at least one sample")
+    return length
+
+
+def check_count(value: Any, name: str, least: int = 1) -> int:
+    """A whole number of at least `least`.
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {short_repr(value, 80)}") from None
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
+    return number
+
+
+def check_callable(value: Any, name: str) -> Any:
+    """A callable or None.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be callable or None, got {short_repr(value, 80)}")
+    return value
+
+
+def check_seed(seed: int | None) -> int:
+    """The seed, drawn now if there is none.
+
+    Raises:
+        TypeError, ValueError: it is not None or an int of at least 0.
+    """
+    return secrets.randbits(31) if seed is None else check_count(seed, "seed", 0)
+
+
+def check_timeout(timeout: float | None) -> float | None:
+    """Seconds, or None.
+
+    Raises:
+        TypeError, ValueError: it is not a positive number.
+    """
+    if timeout is None:
+        return None
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float):
+        raise TypeError(f"timeout must be a number of seconds or None, got {short_repr(timeout, 80)}")
+    if not (timeout > 0 and math.isfinite(timeout)):
+        raise ValueError(f"timeout must be a positive number of seconds, got {timeout!r}; None waits without a limit")
+    return float(timeout)
+
+
+def check_max_failures(value: float | None) -> float | None:
+    """A count (int), a share (float up to 1), or None.
+
+    Raises:
+        TypeError, ValueError: it is none of them.
+    """
+    if value is None:
+        return None
+    if isinstance(value, float):
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"max_failures as a float is a share of the epoch from 0.0 to 1.0, got {value!r}; give a count as an int")
+        return value
+    return check_count(value, "max_failures", 0)
+
+
+def check_choice(value: Any, name: str, choices: tuple[Any, ...]) -> Any:
+    """One of `choices`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {short_repr(value, 80)}")
+    return value
+
+
+def check_pool(pool: Any) -> Any:
+    """None, "keras", a WorkerPool or an executor.
+
+    Raises:
+        TypeError: it is none of them.
+    """
+    if pool is None or (isinstance(pool, str) and pool == "keras") or isinstance(pool, WorkerPool | concurrent.futures.Executor):
+        return pool
+    raise TypeError(
+        f"pool must be None, 'keras', a keras_mp.WorkerPool or a concurrent.futures.Executor, got {short_repr(pool, 80)}"
+    )

@@ -1,0 +1,122 @@
+"""The exception tree, and the record of a sample that failed.
+
+Everything keras_mp raises on purpose derives from `KerasMPError`. A message must say all there is to say: `fit` on the
+TensorFlow backend hands the user nothing but its text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import traceback
+from typing import Any
+
+__all__ = [
+    "BatchTimeout",
+    "KerasMPError",
+    "PoolClosed",
+    "SampleError",
+    "SampleFailure",
+    "TooManyFailures",
+    "WorkerCrashed",
+]
+
+
+class KerasMPError(Exception):
+    """Base of every error raised by keras_mp."""
+
+
+class SampleError(KerasMPError):
+    """User code (source, transform, collate or batch_transform) failed.
+
+    Raised as an instance of the original type too, where Python allows that, so `except ValueError` keeps working;
+    the original is the `__cause__` and the worker's traceback is in the text.
+
+    Attributes:
+        failure: the `SampleFailure` that says what failed and where.
+    """
+
+    failure: SampleFailure
+    note: str = ""
+
+
+class WorkerCrashed(KerasMPError):
+    """Worker processes died on the same batch twice, or cannot start at all."""
+
+
+class BatchTimeout(KerasMPError):
+    """A batch took longer than `timeout` seconds, twice, or its worker stayed stopped."""
+
+
+class TooManyFailures(KerasMPError):
+    """More samples of an epoch failed than `max_failures` allows."""
+
+
+class PoolClosed(KerasMPError):
+    """The dataset or pool was used after `close()`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleFailure:
+    """One failed sample (or, with `index=None`, a failure of the whole batch).
+
+    Attributes:
+        stage: the user code that failed: "source", "transform", "collate" or "batch_transform".
+        index: position of the sample in the source; None when the batch as a whole failed.
+        item: shortened `repr` of what the source held there.
+        epoch: epoch number, from 0.
+        batch: batch number within the epoch, from 0.
+        type: name of the exception's class.
+        message: the exception's text.
+        traceback: the formatted traceback, from the process that ran the code.
+        where: that process, in words.
+    """
+
+    stage: str
+    index: int | None
+    item: str
+    epoch: int
+    batch: int
+    type: str
+    message: str
+    traceback: str
+    where: str
+
+    def describe(self) -> str:
+        """One line: what failed, on which sample of which batch, and how."""
+        sample = "" if self.index is None else f"sample {self.index} ({self.item}), "
+        reason = f"{self.type}: {self.message}" if self.message else self.type
+        return f"{self.stage} failed on {sample}batch {self.batch} of epoch {self.epoch}: {reason}"
+
+    @classmethod
+    def of(cls, error: BaseException, **where: Any) -> SampleFailure:
+        """Records `error`; `where` gives the remaining fields."""
+        text = "".join(traceback.format_exception(error))
+        return cls(type=type(error).__qualname__, message=str(error), traceback=text, **where)
+
+
+def sample_error(failure: SampleFailure, cause: BaseException | None, note: str = "") -> SampleError:
+    """Builds the `SampleError` for `failure`, of the type of `cause` too where Python allows that combination."""
+    text = f"{failure.describe()}{note}\n\nTraceback from {failure.where}:\n{failure.traceback}"
+    error: SampleError | None = None
+    if isinstance(cause, Exception) and not isinstance(cause, KerasMPError | StopIteration | StopAsyncIteration):
+        try:
+            both = type("SampleError", (SampleError, type(cause)), {"__reduce__": _reduce, "__str__": _text})
+            error = both.__new__(both, text)
+            error.args = (text,)
+        except Exception:  # some types cannot be subclassed, or have a layout of their own
+            error = None
+    if error is None:
+        error = SampleError(text)
+    error.failure = failure
+    error.note = note
+    error.__cause__ = cause
+    return error
+
+
+def _text(self: SampleError) -> str:
+    # KeyError and others print the repr of their argument, which would squeeze the traceback into one line.
+    return str(self.args[0])
+
+
+def _reduce(self: SampleError) -> tuple[Any, ...]:
+    return sample_error, (self.failure, self.__cause__, self.note)

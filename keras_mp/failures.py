@@ -1,0 +1,69 @@
+"""The record of failed samples: listed, counted, told once an epoch, and too many of them an error (P5)."""
+
+from __future__ import annotations
+
+import collections
+import warnings
+from collections.abc import Iterable
+
+from keras_mp.errors import SampleFailure, TooManyFailures
+
+_KEPT = 1000
+
+
+class FailureLog:
+    """Failures of a dataset.
+
+    Args:
+        limit: how many samples may fail in one epoch: a count (int), a share (float), or None for no limit.
+        epoch_samples: samples in an epoch, which a share is taken of.
+    """
+
+    def __init__(self, limit: float | None, epoch_samples: int) -> None:
+        self._limit = limit
+        self._epoch_samples = epoch_samples
+        self._kept: collections.deque[SampleFailure] = collections.deque(maxlen=_KEPT)
+        self._counts: dict[int, int] = {}
+        self.total = 0
+
+    @property
+    def kept(self) -> list[SampleFailure]:
+        """The last thousand failures, oldest first."""
+        return list(self._kept)
+
+    def fresh(self, epoch_samples: int) -> FailureLog:
+        """An empty log with the same limit."""
+        return FailureLog(self._limit, epoch_samples)
+
+    def add(self, failures: Iterable[SampleFailure]) -> None:
+        """Takes note of what failed in one batch.
+
+        Raises:
+            TooManyFailures: the epoch has now more than the limit allows.
+        """
+        for failure in failures:
+            self._kept.append(failure)
+            self.total += 1
+            count = self._counts[failure.epoch] = self._counts.get(failure.epoch, 0) + 1
+            if self._limit is None:
+                continue
+            allowed = self._limit * self._epoch_samples if isinstance(self._limit, float) else self._limit
+            if count > allowed:
+                raise TooManyFailures(
+                    f"{count} of {self._epoch_samples} samples have failed in epoch {failure.epoch}, more than "
+                    f"max_failures={self._limit} allows. The last: {failure.describe()}\n\nTraceback from "
+                    f"{failure.where}:\n{failure.traceback}"
+                )
+
+    def tell(self, epoch: int) -> None:
+        """Warns the user, once, of what failed in `epoch`, which is over."""
+        count = self._counts.pop(epoch, 0)
+        if not count:
+            return
+        last = next((f for f in reversed(self._kept) if f.epoch == epoch), None)
+        warnings.warn(
+            f"keras_mp: {count} of {self._epoch_samples} samples failed in epoch {epoch} and were left out or replaced; "
+            f"`dataset.failures` lists them. {'' if last is None else 'The last: ' + last.describe()}",
+            RuntimeWarning,
+            stacklevel=2,
+        )

@@ -1,0 +1,149 @@
+"""Random numbers that depend on (seed, epoch, sample) alone, not on who computes the sample or when (P2).
+
+Each sample has a key, `numpy.random.SeedSequence([seed, epoch, sample])`. A function that takes a parameter `rng` gets
+a Generator made from it; the global `random` and `numpy.random` are seeded from it as well, for code that draws there.
+
+NOTE (threads and global state): the global generators are one per process, so two threads cannot each have their own
+seeding of them. With threads a batch therefore first runs without seeding, in company. If the global state has moved by
+its end, somebody drew from it: the batch is run again alone, with seeding, and so are this loader's batches from then
+on. Code that draws only from `rng`, or not at all, never waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import random
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+
+class Key:
+    """The randomness of one sample, or of one batch."""
+
+    __slots__ = ("_sequence",)
+
+    def __init__(self, *entropy: int) -> None:
+        self._sequence = np.random.SeedSequence(entropy)
+
+    def generator(self) -> np.random.Generator:
+        """A new Generator, the same for the same key."""
+        return np.random.Generator(np.random.PCG64(self._sequence))
+
+    def seed_global_state(self) -> None:
+        """Seeds `random` and `numpy.random`."""
+        words = self._sequence.generate_state(3)
+        np.random.seed(words[0])
+        random.seed(int(words[1]) << 32 | int(words[2]))
+
+
+Seeder = Callable[[Key], None]
+
+
+def seed_global_state(key: Key) -> None:
+    """The plain `Seeder`."""
+    key.seed_global_state()
+
+
+def takes_rng(function: Callable[..., Any] | None) -> bool:
+    """Whether `function` has a parameter named `rng`."""
+    if function is None:
+        return False
+    try:
+        return "rng" in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # built-in functions without a signature
+        return False
+
+
+def _global_state() -> tuple[Any, ...]:
+    name, keys, *rest = np.random.get_state()
+    return random.getstate(), (name, np.asarray(keys).tobytes(), *rest)
+
+
+@contextlib.contextmanager
+def restored_global_state() -> Iterator[None]:
+    """Puts the global `random` and `numpy.random` back as they were."""
+    python, legacy = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)
+
+
+class _Company:
+    """A lock that many may hold in company, or one alone."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._members = 0
+        self._alone = False
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        with self._condition:
+            self._condition.wait_for(lambda: not self._alone)
+            self._members += 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._members -= 1
+                self._condition.notify_all()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        with self._condition:
+            self._condition.wait_for(lambda: not self._alone)
+            self._alone = True
+            self._condition.wait_for(lambda: self._members == 0)
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._alone = False
+                self._condition.notify_all()
+
+
+_company = _Company()
+
+
+class ThreadIsolation:
+    """Runs a loader's batches on threads so that each sees the global random state it would see alone."""
+
+    def __init__(self) -> None:
+        self._draws = False  # whether this loader's code is known to draw from the global state
+
+    def run(self, load: Callable[[Seeder | None], Any]) -> Any:
+        """Calls `load(seeder)`: once without seeding and, if the global state has moved by then, again alone with it."""
+        if not self._draws:
+            with _company.together():
+                before = _global_state()
+                try:
+                    result, error = load(None), None
+                except Exception as caught:
+                    result, error = None, caught
+                moved = _global_state() != before
+            if not moved:
+                if error is not None:
+                    raise error
+                return result
+        with _company.alone(), restored_global_state():
+            last: list[Key] = []
+
+            def seed(key: Key) -> None:
+                key.seed_global_state()
+                last[:] = [key]
+
+            try:
+                return load(seed)
+            finally:
+                # It may have been somebody else who drew, say Keras shuffling in the main thread: only a state that
+                # has moved away from its seeding shows that this code draws.
+                after = _global_state()
+                if last:
+                    last[0].seed_global_state()
+                    self._draws = after != _global_state()

@@ -1,0 +1,149 @@
+"""Starting one worker process, and ending it: descriptors, environment, exit status. What runs on it is `pool`'s."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+
+from keras_mp import wire
+from keras_mp.arena import create_memory_file
+from keras_mp.worker import Hello
+
+_STDERR_TAIL_BYTES = 8192
+_THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "BLIS_NUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+)
+_DEVICE_VARIABLES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+
+
+def worker_environment(extra: Mapping[str, str] | None, threads: int) -> dict[str, str]:
+    """The environment of a worker: the parent's, numeric libraries held to `threads`, no GPU, then `extra`.
+
+    It must be complete before the process starts: BLAS and OpenMP read theirs when they are loaded.
+    """
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    path = os.environ.get("PYTHONPATH")
+    return {
+        **os.environ,
+        **dict.fromkeys(_THREAD_VARIABLES, str(threads)),
+        **dict.fromkeys(_DEVICE_VARIABLES, ""),
+        **(extra or {}),
+        "PYTHONPATH": package if not path else package + os.pathsep + path,
+    }
+
+
+class Process:
+    """One worker process: its socket, its lifeline, and until it is ready its captured stderr."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self.ready = False
+        self._stderr_file = create_memory_file()
+        mine, theirs = socket.socketpair()
+        lifeline_read, self._lifeline = os.pipe()
+        try:
+            stderr = os.dup(2)
+        except OSError:  # the parent closed its stderr
+            stderr = os.open(os.devnull, os.O_WRONLY)
+        self.sock = mine
+        self.started = time.monotonic()
+        inherited = (theirs.fileno(), lifeline_read, stderr)
+        try:
+            # exec, not fork: a copy of a process whose TensorFlow threads hold locks may never get them.
+            self._popen = subprocess.Popen(
+                [sys.executable, "-P", "-m", "keras_mp.worker", *map(str, inherited)],
+                pass_fds=inherited,
+                stdin=subprocess.DEVNULL,
+                stderr=self._stderr_file,
+                env=dict(environment),
+            )
+        except BaseException:
+            os.close(self._stderr_file)
+            os.close(self._lifeline)
+            mine.close()
+            raise
+        finally:
+            theirs.close()
+            os.close(lifeline_read)
+            os.close(stderr)
+        self.pid = self._popen.pid
+        wire.send(mine, Hello(path=[*sys.path], python_path=os.environ.get("PYTHONPATH")))
+        mine.setblocking(False)
+
+    def hello(self) -> None:
+        """The worker has answered: from now on its stderr is ours."""
+        self.ready = True
+        self._close_stderr_file()
+
+    def captured_stderr(self) -> str:
+        """What a worker that did not get ready wrote to its stderr."""
+        if self._stderr_file < 0:
+            return ""
+        size = os.fstat(self._stderr_file).st_size
+        start = max(0, size - _STDERR_TAIL_BYTES)
+        return os.pread(self._stderr_file, size - start, start).decode(errors="replace").strip()
+
+    def is_stopped(self) -> bool:
+        """Whether the process is stopped (SIGSTOP), which no socket ever tells."""
+        if not hasattr(os, "waitid"):
+            return False
+        try:
+            status = os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return False
+        return status is not None and status.si_code == os.CLD_STOPPED
+
+    def kill(self) -> None:
+        """SIGKILL; the socket's end is what tells the pool."""
+        self._popen.kill()
+
+    def hang_up(self) -> None:
+        """Closes the socket: an idle worker ends by itself."""
+        self.sock.close()
+
+    def reap(self, grace_s: float = 0.0) -> str:
+        """Makes sure that the process is gone, after `grace_s` by force; returns how it ended."""
+        try:
+            code = self._popen.wait(timeout=grace_s)
+        except subprocess.TimeoutExpired:
+            self._popen.kill()
+            code = self._popen.wait()
+        self.abandon()
+        return describe_exit(code)
+
+    @property
+    def exit_code(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+        return self._popen.returncode
+
+    def abandon(self) -> None:
+        """Closes this process's descriptors, and nothing else: all that a forked copy of the parent may do."""
+        self.sock.close()
+        self._close_stderr_file()
+        if self._lifeline >= 0:
+            os.close(self._lifeline)
+            self._lifeline = -1
+
+    def _close_stderr_file(self) -> None:
+        if self._stderr_file >= 0:
+            os.close(self._stderr_file)
+            self._stderr_file = -1
+
+
+def describe_exit(code: int) -> str:
+    """An exit code in words: "signal SIGKILL" or "exit code 3"."""
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"signal {signal.Signals(-code).name}"
+    except ValueError:
+        return f"signal {-code}"

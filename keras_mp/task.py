@@ -1,0 +1,192 @@
+"""What a pool is asked to do: tasks (one dataset's loader, packed for the workers) and jobs (one batch each)."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import pickle
+import threading
+from typing import Any
+
+from keras_mp import wire
+from keras_mp.arena import Arena, Lease, Segment
+from keras_mp.errors import KerasMPError, PoolClosed, sample_error
+from keras_mp.loading import Loaded, Loader, Request
+from keras_mp.worker import Done, Failed, Load
+
+# Buffers from this size on are kept apart, so that an epoch that changes only an index array does not copy the images.
+_LARGE_BYTES = 1 << 20
+
+# A worker may hold several requests at once while its batches take less than this: the wait for the next request would
+# cost more than a batch. Long batches are handed out one by one, so that none waits behind a slow one.
+_SHORT_LOAD_S = 0.002
+_SHORT_DEPTH = 4
+
+_numbers = itertools.count()
+
+
+class Task:
+    """One dataset's loader, as the workers get it, and the slots its batches are built in."""
+
+    def __init__(self, loader: Loader, timeout_s: float | None) -> None:
+        self.number = next(_numbers)
+        self.version = 0
+        self.timeout_s = timeout_s
+        self.arena = Arena()
+        self.closed = False
+        self.mean_load_s = _SHORT_LOAD_S
+        self._large: Segment | None = None
+        self._small: Segment | None = None
+        self._message: Load | None = None
+        self.update(loader)
+
+    def update(self, loader: Loader) -> None:
+        """Packs a new state of the loader; large arrays that have not changed stay where they are.
+
+        Raises:
+            KerasMPError: something in it cannot be pickled.
+        """
+        buffers: wire.Buffers = []
+        try:
+            body = wire.dump_user_object(loader, "dataset", buffers)
+        except KerasMPError:
+            for field in dataclasses.fields(loader):  # type: ignore[arg-type]  # say which part it is
+                wire.dump_user_object(getattr(loader, field.name), field.name)
+            raise
+        is_large = [buffer.raw().nbytes >= _LARGE_BYTES for buffer in buffers]
+        large = [buffer for buffer, big in zip(buffers, is_large, strict=True) if big]
+        small = [pickle.PickleBuffer(body)] + [buffer for buffer, big in zip(buffers, is_large, strict=True) if not big]
+        small_places, small_size = wire.place_buffers(small)
+        large_places, large_size = wire.place_buffers(large)
+        if self._large is None or not self._large.holds(large, large_places, large_size):
+            if self._large is not None:
+                self._large.close()
+            self._large = Segment(large, large_places, large_size)
+        if self._small is not None:
+            self._small.close()
+        self._small = Segment(small, small_places, small_size)
+        self.version += 1
+        self._message = Load(
+            task=self.number,
+            version=self.version,
+            pickle=small_places[0],
+            small=small_places[1:],
+            large=large_places,
+            order=is_large,
+            sizes=(small_size, large_size),
+        )
+
+    def load_message(self) -> tuple[Load, list[int]]:
+        """The message that gives a worker this task, and the descriptors that go with it."""
+        if self._message is None or self._small is None or self._large is None:
+            raise PoolClosed("the dataset has been closed")
+        return self._message, [self._small.fd, self._large.fd]
+
+    @property
+    def depth(self) -> int:
+        """How many of this task's requests one worker may hold at once."""
+        return _SHORT_DEPTH if self.mean_load_s < _SHORT_LOAD_S else 1
+
+    def note_load(self, load_s: float) -> None:
+        """Takes a batch's loading time into the running mean."""
+        self.mean_load_s += 0.2 * (load_s - self.mean_load_s)
+
+    def close(self) -> None:
+        """Gives up segments and slots; batches that the consumer holds stay valid."""
+        self.closed = True
+        self.arena.close()
+        for segment in (self._small, self._large):
+            if segment is not None:
+                segment.close()
+        self._small = self._large = self._message = None
+
+
+class Job:
+    """One batch on its way: in the queue, on a worker, or ready."""
+
+    def __init__(self, task: Task, request: Request) -> None:
+        self.task = task
+        self.request = request
+        self.lease: Lease | None = None
+        self.cancelled = False
+        self.crashes: list[str] = []
+        self.timeouts = 0
+        self._latch = threading.Lock()
+        self._latch.acquire()
+        self._reply: Done | Failed | None = None
+        self._error: BaseException | None = None
+
+    def finish(self, reply: Done | Failed) -> None:
+        """The worker has answered."""
+        self._reply = reply
+        self._latch.release()
+
+    def fail(self, error: BaseException) -> None:
+        """There will be no answer."""
+        self._error = error
+        self.lease = None
+        self._latch.release()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Waits for the answer; whether it is there."""
+        if not self._latch.acquire(timeout=timeout_s):
+            return False
+        self._latch.release()
+        return True
+
+    def take(self) -> Loaded:
+        """The batch, whose arrays alias the slot. Only once: the job keeps nothing.
+
+        Raises:
+            SampleError: user code failed.
+            WorkerCrashed, BatchTimeout, PoolClosed: as the pool found.
+        """
+        if self._error is not None:
+            raise self._error
+        reply, lease = self._reply, self.lease
+        self._reply = self.lease = None
+        if isinstance(reply, Failed):
+            raise error_of(reply)
+        if reply is None:
+            raise PoolClosed("this batch has been taken already")
+        if reply.buffers and isinstance(reply.buffers[0], bytes):
+            # Writable, like every other batch.
+            own = [bytearray(data) for data in reply.buffers if isinstance(data, bytes)]
+            header = reply.header
+            if not isinstance(header, bytes):
+                raise KerasMPError("a batch came with its buffers in the message but its header elsewhere")
+            return Loaded(pickle.loads(header, buffers=own), reply.failures)
+        places = [place for place in reply.buffers if isinstance(place, tuple)]
+        if lease is None:
+            if not isinstance(reply.header, bytes):
+                raise KerasMPError("a batch came without the slot that holds it")
+            return Loaded(pickle.loads(reply.header), reply.failures)
+        return Loaded(lease.decode(reply.header, places), reply.failures)
+
+    def sample_in_progress(self) -> int | None:
+        """Source index of the sample that the worker was at, or None if it had not started on this batch."""
+        position = -1 if self.lease is None else self.lease.position()
+        return int(self.request.samples[position]) if 0 <= position < len(self.request.samples) else None
+
+    @property
+    def name(self) -> str:
+        """The batch, in words."""
+        return f"batch {self.request.batch} of epoch {self.request.epoch}"
+
+
+def error_of(reply: Failed) -> BaseException:
+    """The exception that a worker's `Failed` reply stands for."""
+    cause: BaseException | None = None
+    if reply.error is not None:
+        try:
+            cause = pickle.loads(reply.error)
+        except Exception:  # its class exists in the worker only; the text has its traceback
+            cause = None
+    if reply.failure.stage != "worker":
+        return sample_error(reply.failure, cause, reply.note)
+    error = KerasMPError(
+        f"{reply.failure.where} could not run the dataset's code: {reply.failure.type}: {reply.failure.message}\n\n"
+        f"Traceback from the worker:\n{reply.failure.traceback}"
+    )
+    error.__cause__ = cause
+    return error

@@ -1,0 +1,292 @@
+"""The worker process: receives loaders and requests, writes batches into slots, replies.
+
+It imports NumPy, cloudpickle and the standard library, and whatever the user's code imports; never keras or tensorflow
+on its own account. It lives exactly as long as its parent wants it: see `die_with_parent`.
+
+Start: `python -P -m keras_mp.worker SOCKET LIFELINE STDERR`, three inherited descriptors. Until it says hello its
+stderr is a memory file, so that a start that fails can be reported with its cause; from then on it is the parent's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import faulthandler
+import fcntl
+import os
+import pickle
+import signal
+import socket
+import sys
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from keras_mp import wire
+from keras_mp.arena import SlotMemory, map_segment
+from keras_mp.collate import allocating
+from keras_mp.errors import SampleError, SampleFailure
+from keras_mp.loading import Loader, Request, ignore_position
+from keras_mp.randomness import seed_global_state
+
+# Frames longer than this go through the slot: the parent reads many workers' sockets, and a pickle in shared memory
+# costs it nothing until the batch is wanted.
+_INLINE_BYTES = 1 << 15
+
+
+@dataclasses.dataclass(frozen=True)
+class Hello:
+    """First message to a worker: how its interpreter should look."""
+
+    path: list[str]
+    python_path: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """A loader, or a new version of one. Two descriptors come along: the pickle's segment and the large arrays' one.
+
+    `small` and `large` are (offset, bytes) of the out-of-band buffers in the order of the pickle; `order` says from
+    which of the two each comes.
+    """
+
+    task: int
+    version: int
+    pickle: tuple[int, int]
+    small: list[tuple[int, int]]
+    large: list[tuple[int, int]]
+    order: list[bool]
+    sizes: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A request for one batch. With `slot_size` None there is no slot: the batch goes through the socket.
+
+    `request` is a Request, or the length of its pickle at the start of the slot. A slot the worker has not seen yet
+    comes as a descriptor.
+    """
+
+    job: int
+    task: int
+    slot: int
+    slot_size: int | None
+    request: Request | int
+    forget_tasks: tuple[int, ...] = ()
+    forget_slots: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """A batch: its pickle (or where it lies), its buffers' places or the buffers themselves, and the slot's new size."""
+
+    job: int
+    header: bytes | tuple[int, int]
+    buffers: list[tuple[int, int]] | list[bytes]
+    slot_size: int | None
+    failures: tuple[SampleFailure, ...]
+    load_s: float
+    refused: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Failed:
+    """A batch that could not be made; `error` is the pickled exception, where it can be pickled at all."""
+
+    job: int
+    failure: SampleFailure
+    note: str
+    error: bytes | None
+
+
+class _Memory:
+    """Where this batch's arrays go: the slot while it can grow, ordinary memory once that is refused."""
+
+    def __init__(self, slot: SlotMemory | None) -> None:
+        self.slot = slot
+        self.refused = ""
+
+    def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        if self.slot is not None and not self.refused:
+            try:
+                return self.slot.empty(shape, dtype)
+            except OSError as error:
+                self.refused = str(error)
+        return np.empty(shape, dtype)
+
+
+class Worker:
+    """The main loop and what it remembers between requests."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._loaders: dict[int, Loader | Exception] = {}
+        self._slots: dict[tuple[int, int], SlotMemory] = {}
+
+    def serve(self) -> None:
+        """Answers requests until the parent closes the socket."""
+        while (frame := wire.receive(self._sock)) is not None:
+            message, fds = frame
+            if isinstance(message, Load):
+                self._loaders[message.task] = _unpack(message, fds)
+            else:
+                self._forget(message)
+                if fds:
+                    self._slots[message.task, message.slot] = SlotMemory(fds[0])
+                wire.send(self._sock, self._run(message))
+
+    def _forget(self, message: Run) -> None:
+        for task in message.forget_tasks:
+            self._loaders.pop(task, None)
+        gone = [key for key in self._slots if key[0] in message.forget_tasks]
+        for key in gone + [(message.task, number) for number in message.forget_slots]:
+            slot = self._slots.pop(key, None)
+            if slot is not None:
+                slot.close()
+
+    def _run(self, message: Run) -> Done | Failed:
+        started = time.perf_counter()
+        slot = None
+        if message.slot_size is not None:
+            slot = self._slots[message.task, message.slot]
+            slot.begin(message.slot_size)
+        memory = _Memory(slot)
+        try:
+            request = message.request
+            if isinstance(request, int):
+                if slot is None:
+                    raise RuntimeError("a request in a slot came without the slot")
+                request = pickle.loads(slot.read(request))
+            loader = self._loaders[message.task]
+            if isinstance(loader, Exception):
+                raise loader
+            with allocating(memory.allocate):
+                loaded = loader.load(request, slot.note_sample if slot else ignore_position, seed_global_state)
+            return _encode(message.job, loaded.batch, loaded.failures, memory, started)
+        except BaseException as error:  # SystemExit and KeyboardInterrupt in user code are failures of user code
+            return failed_reply(message.job, error)
+
+
+def _unpack(message: Load, fds: list[int]) -> Loader | Exception:
+    """The loader, its large arrays standing on shared read-only memory; or why it cannot be had, kept for requests."""
+    try:
+        small, large = (map_segment(fd, size) if size else None for fd, size in zip(fds, message.sizes, strict=True))
+        places = {False: iter(message.small), True: iter(message.large)}
+        buffers = []
+        for is_large in message.order:
+            offset, size = next(places[is_large])
+            memory = large if is_large else small
+            buffers.append(memory[offset : offset + size] if memory is not None else b"")
+        if small is None:
+            raise RuntimeError("the loader came without its pickle")
+        offset, size = message.pickle
+        loader: Loader = pickle.loads(small[offset : offset + size], buffers=buffers)
+        return loader
+    except Exception as error:
+        error.add_note("While unpickling the dataset's source and functions in the worker process.")
+        return error
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def _encode(job: int, batch: Any, failures: tuple[SampleFailure, ...], memory: _Memory, started: float) -> Done:
+    buffers: wire.Buffers = []
+    header: bytes | tuple[int, int] = wire.dump_result(batch, buffers)
+    slot = memory.slot
+    if slot is not None:
+        try:
+            places = [slot.put(buffer) for buffer in buffers]
+            if len(header) > _INLINE_BYTES:
+                header = slot.put(pickle.PickleBuffer(header))
+            return Done(job, header, places, slot.size, failures, time.perf_counter() - started)
+        except OSError as error:
+            memory.refused = memory.refused or str(error)
+    payload = [buffer.raw().tobytes() for buffer in buffers]
+    size = slot.size if slot is not None else None
+    if not isinstance(header, bytes):
+        header = wire.dump_result(batch, [])
+    return Done(job, header, payload, size, failures, time.perf_counter() - started, memory.refused or "no slot")
+
+
+def failed_reply(job: int, error: BaseException) -> Failed:
+    """The reply that says `error`, in a form that survives pickling."""
+    if isinstance(error, SampleError):
+        return Failed(job, error.failure, error.note, _dump_exception(error.__cause__))
+    failure = SampleFailure.of(
+        error, stage="worker", index=None, item="", epoch=-1, batch=-1, where=f"process {os.getpid()}"
+    )
+    return Failed(job, failure, "", _dump_exception(error))
+
+
+def _dump_exception(error: BaseException | None) -> bytes | None:
+    """The pickled exception, if it survives the way there and back: many do not take their own arguments."""
+    if error is None:
+        return None
+    try:
+        data = wire.dump_result(error, [])
+        pickle.loads(data)
+        return data
+    except Exception:
+        return None
+
+
+def die_with_parent(lifeline: int) -> None:
+    """Ends this process when the parent's end of the pipe `lifeline` closes, whatever this process is doing.
+
+    On Linux the kernel is asked to send SIGKILL for it, which reaches a process that is stopped, or that holds the GIL
+    in C code. (Not PR_SET_PDEATHSIG: that fires when the *thread* that started the process ends.) Elsewhere a thread
+    watches.
+    """
+    if hasattr(fcntl, "F_SETSIG"):
+        fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC | os.O_NONBLOCK)
+        try:
+            if os.read(lifeline, 1) == b"":  # the parent died before the kernel was told
+                os._exit(1)
+        except BlockingIOError:
+            pass
+        return
+
+    def watch() -> None:
+        os.read(lifeline, 1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="keras_mp-lifeline").start()
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the worker; `arguments` are the descriptors of socket, lifeline and the parent's stderr."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    sock_fd, lifeline, stderr = map(int, arguments)
+    die_with_parent(lifeline)
+    sock = socket.socket(fileno=sock_fd)
+    frame = wire.receive(sock)
+    if frame is None:
+        return
+    hello: Hello = frame[0]
+    sys.path[:] = hello.path
+    if hello.python_path is None:
+        os.environ.pop("PYTHONPATH", None)
+    else:
+        os.environ["PYTHONPATH"] = hello.python_path
+    for fd in (sock_fd, lifeline):
+        os.set_inheritable(fd, False)
+    os.dup2(stderr, 2)
+    os.close(stderr)
+    faulthandler.enable()
+    wire.send(sock, os.getpid())
+    try:
+        Worker(sock).serve()
+    except (ConnectionError, BrokenPipeError):
+        pass  # the parent is gone
+
+
+if __name__ == "__main__":
+    # `-m` runs this file as `__main__`; messages must be of the classes that the parent imported.
+    from keras_mp.worker import main as imported_main
+
+    imported_main(sys.argv[1:])

@@ -1,0 +1,147 @@
+"""The examples, run as a reader runs them, and the geometry of the satellite example."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+_ROOT = Path(__file__).resolve().parents[1]
+_EXAMPLES = _ROOT / "examples"
+_TIMEOUT_S = 150.0
+
+
+def _run(name: str, *arguments: str) -> str:
+    """Output and error output of the example, which must end with exit code 0."""
+    done = subprocess.run(
+        [sys.executable, _EXAMPLES / name, *arguments],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH")))),
+            "COLUMNS": "120",
+            "TF_CPP_MIN_LOG_LEVEL": "2",
+        },
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=_TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_quickstart_trains_both_ways() -> None:
+    output = _run("quickstart.py")
+    assert output.count("Epoch 1/2") == 2
+    assert output.count("Epoch 2/2") == 2
+    assert output.count("16/16") >= 4
+    assert "Traceback" not in output
+
+
+def test_existing_pydataset_trains_the_same_with_workers() -> None:
+    output = _run("existing_pydataset.py")
+    assert output.count("Epoch 3/3") == 2
+    losses = re.findall(r"^losses with(?:out)? workers: +(.*)$", output, re.MULTILINE)
+    assert len(losses) == 2
+    assert losses[0] == losses[1]
+    assert len(losses[0].split()) == 3
+    assert "equal: True" in output
+
+
+@pytest.mark.timeout(300)
+def test_satellite_reports_truncated_tiles_and_compares_four_loaders() -> None:
+    arguments = ["--tiles", "24", "--epochs", "2", "--size", "32", "--truncated", "3", "--workers", "2"]
+    output = _run("satellite.py", *arguments)
+    assert output.count("Epoch 2/2") == 4
+
+    rows = [re.split(r"\s*│\s*", line.strip("│ ")) for line in output.splitlines() if line.startswith("│")]
+    assert [row[0] for row in rows] == [
+        "in the training process",
+        "Keras's own pool",
+        "keras_mp, fit(dataset)",
+        "keras_mp, fit(dataset.to_tf_dataset())",
+    ]
+    for _, first, later, speed_up, _ in rows:
+        assert float(first) > 0
+        assert float(later) > 0
+        assert re.fullmatch(r"\d+\.\d\dx", speed_up)
+    assert [row[4] for row in rows if row[0] != "Keras's own pool"] == ["3", "3", "3"]
+
+    reported = re.search(r"^Left out and reported: (.*)$", output, re.MULTILINE)
+    assert reported is not None
+    assert len(set(reported[1].split(", "))) == 3
+
+
+@pytest.fixture(scope="module")
+def satellite() -> dict[str, Any]:
+    return runpy.run_path(str(_EXAMPLES / "satellite.py"))
+
+
+def test_satellite_correction_is_the_affine_map_it_claims(satellite: dict[str, Any]) -> None:
+    """A cubic spline reproduces a linear ramp, so the resampled ramp shows where each output pixel was taken from."""
+    size, margin = 32, satellite["MARGIN"]
+    side = size + 2 * margin
+    row, column = np.mgrid[0:side, 0:side]
+    angle = np.deg2rad(satellite["ROTATION_DEGREES"])
+    shear = satellite["SHEAR"]
+    v, u = np.mgrid[0:size, 0:size] - (size - 1) / 2  # offsets from the centre: rows down, columns right
+    expected_row = np.cos(angle) * (v + shear * u) - np.sin(angle) * u + (side - 1) / 2
+    expected_column = np.sin(angle) * (v + shear * u) + np.cos(angle) * u + (side - 1) / 2
+
+    corrected = satellite["correct"](np.stack([1000 + 20 * row, 1000 + 20 * column]))
+
+    counts = corrected / satellite["REFLECTANCE_PER_COUNT"]
+    assert corrected.dtype == np.float32
+    np.testing.assert_allclose(counts[0], 1000 + 20 * expected_row, atol=0.05)
+    np.testing.assert_allclose(counts[1], 1000 + 20 * expected_column, atol=0.05)
+    for positions in (expected_row, expected_column):
+        assert positions.min() > 0, "an output pixel was made up"
+        assert positions.max() < side - 1, "an output pixel was made up"
+
+
+def test_satellite_tiles_are_real_and_training_and_validation_do_not_overlap(
+    satellite: dict[str, Any], tmp_path: Path
+) -> None:
+    scene = satellite["read_scene"]()
+    assert scene.shape == (4, 300, 300)
+    satellite["cut_tiles"](tmp_path, 40, 64, 4)
+
+    edge = scene.shape[-1] - (64 + 2 * satellite["MARGIN"])
+    east = scene[:, :, edge:]
+    mean, std = np.float32(0.1), np.float32(0.1)
+    targets, broken = [], 0
+    for path in sorted((tmp_path / "train").iterdir()):
+        try:
+            image, target = satellite["load_tile"](path, mean, std)
+        except ValueError:
+            broken += 1
+            continue
+        assert image.shape == (64, 64, 4)
+        targets.append(target)
+        assert not (east == np.load(path)[:, :1, -1:]).all(axis=0).any(), (
+            "a training pixel lies in the validation strip"
+        )
+    assert broken == 4
+    vegetation, water = np.array(targets).T
+    # The western part of the scene is mixed: fields, bare soil, and a little open water.
+    assert 0.05 < vegetation.mean() < 0.5
+    assert vegetation.std() > 0.05
+    assert 0 < water.max() < 0.05
+    assert len(list((tmp_path / "val").iterdir())) == 10
+
+
+def test_satellite_land_cover_follows_its_thresholds(satellite: dict[str, Any]) -> None:
+    land_cover = satellite["land_cover"]
+    # One pixel each of dense vegetation, bare soil and open water.
+    blue_green_red_nir = np.array([[0.04, 0.06, 0.03, 0.30], [0.1, 0.12, 0.18, 0.22], [0.05, 0.05, 0.03, 0.01]])
+    pixels = blue_green_red_nir.astype(np.float32).T.reshape(4, 1, 3)
+    np.testing.assert_allclose(land_cover(pixels), [1 / 3, 1 / 3])
