@@ -7,8 +7,8 @@ slot to its arena (P6). The files have no name, so nothing is left behind whoeve
 Layout of a slot: 64 bytes of control words, then the buffers, each at a multiple of 64 bytes. A worker that needs more
 room extends the file and tells the parent its new size in the reply.
 
-NOTE (no lock in a finaliser): a lease may die on any thread, also inside the allocator while a lock is held, so giving a
-slot back is one `deque.append` and nothing else.
+NOTE (no lock in a finaliser): a lease may die on any thread, also inside the allocator while a lock is held, so giving
+a slot back is one `deque.append` and nothing else.
 """
 
 from __future__ import annotations

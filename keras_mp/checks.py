@@ -22,14 +22,18 @@ def check_source(source: Any, name: str = "source") -> int:
     """
     if isinstance(source, str | bytes | Mapping | set | frozenset):
         raise TypeError(
-            f"{name} must be a sequence of samples, got a {type(source).__name__}: {short_repr(source, 80)}; pass a list, "
-            "such as sorted(directory.glob('*.npy')) or list(mapping.items())"
+            f"{name} must be a sequence of samples, got a {type(source).__name__}: {short_repr(source, 80)}; pass a "
+            "list, such as sorted(directory.glob('*.npy')) or list(mapping.items())"
         )
     if hasattr(source, "iloc"):
-        raise TypeError(f"{name} must give a row for [i], but a {type(source).__name__} gives columns; pass "
-                        f"{name}.to_dict('records') or {name}.to_records()")
+        raise TypeError(
+            f"{name} must give a row for [i], but a {type(source).__name__} gives columns; pass "
+            f"{name}.to_dict('records') or {name}.to_records()"
+        )
     if not hasattr(source, "__getitem__"):
-        raise TypeError(f"{name} must have len() and [i], got {short_repr(source, 80)}; pass list({name}) if it is iterable")
+        raise TypeError(
+            f"{name} must have len() and [i], got {short_repr(source, 80)}; pass list({name}) if it is iterable"
+        )
     try:
         length = len(source)
     except TypeError as error:
@@ -97,13 +101,13 @@ def check_max_failures(value: float | None) -> float | None:
     Raises:
         TypeError, ValueError: it is none of them.
     """
-    if value is None:
-        return None
     if isinstance(value, float):
         if not 0.0 <= value <= 1.0:
-            raise ValueError(f"max_failures as a float is a share of the epoch from 0.0 to 1.0, got {value!r}; give a count as an int")
+            raise ValueError(
+                f"max_failures as a float is a share of the epoch from 0.0 to 1.0, got {value!r}; a count is an int"
+            )
         return value
-    return check_count(value, "max_failures", 0)
+    return None if value is None else check_count(value, "max_failures", 0)
 
 
 def check_choice(value: Any, name: str, choices: tuple[Any, ...]) -> Any:
@@ -123,8 +127,13 @@ def check_pool(pool: Any) -> Any:
     Raises:
         TypeError: it is none of them.
     """
-    if pool is None or (isinstance(pool, str) and pool == "keras") or isinstance(pool, WorkerPool | concurrent.futures.Executor):
+    if (
+        pool is None
+        or (isinstance(pool, str) and pool == "keras")
+        or isinstance(pool, WorkerPool | concurrent.futures.Executor)
+    ):
         return pool
     raise TypeError(
-        f"pool must be None, 'keras', a keras_mp.WorkerPool or a concurrent.futures.Executor, got {short_repr(pool, 80)}"
+        "pool must be None, 'keras', a keras_mp.WorkerPool or a concurrent.futures.Executor, got "
+        f"{short_repr(pool, 80)}"
     )

@@ -1,8 +1,8 @@
-"""Samples into a batch: the default collate, which writes each leaf of each sample straight into its row of the batch.
+"""Samples into a batch: the default collate writes each leaf of each sample straight into its row of the batch.
 
-A leaf is an array, a scalar, a string or anything NumPy can convert; dicts, tuples, named tuples and lists of arrays are
-nests, kept as they are. A list of plain scalars is a leaf. In a worker the rows lie in shared memory (`empty`), so a
-sample is copied once, while it is still in the cache.
+A leaf is an array, a scalar, a string or anything NumPy can convert; dicts, tuples, named tuples and lists of arrays
+are nests, kept as they are. A list of plain scalars is a leaf. In a worker the rows lie in shared memory (`empty`), so
+a sample is copied once, while it is still in the cache.
 """
 
 from __future__ import annotations

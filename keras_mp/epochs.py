@@ -19,7 +19,6 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-
 _NONE = -2  # no batch number, nor one less than any
 
 
@@ -94,8 +93,8 @@ class EpochTracker:
     def _keras_order(self, num_batches: int) -> list[int] | None:
         """The order in which Keras has just shuffled the batches, if it may have.
 
-        Keras permutes list(range(num_batches)) with the global `random` right after it has read `num_batches`. Doing the
-        same from the state at that moment gives its order; the first batch it asks for confirms it.
+        Keras permutes list(range(num_batches)) with the global `random` right after it has read `num_batches`. Doing
+        the same from the state at that moment gives its order; the first batch it asks for confirms it.
         """
         state, self._random_state = self._random_state, None
         if state is None or state == random.getstate():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import traceback
-from typing import Any
+from typing import Any, cast
 
 __all__ = [
     "BatchTimeout",
@@ -97,11 +97,11 @@ class SampleFailure:
 def sample_error(failure: SampleFailure, cause: BaseException | None, note: str = "") -> SampleError:
     """Builds the `SampleError` for `failure`, of the type of `cause` too where Python allows that combination."""
     text = f"{failure.describe()}{note}\n\nTraceback from {failure.where}:\n{failure.traceback}"
-    error: SampleError | None = None
+    error: Any = None
     if isinstance(cause, Exception) and not isinstance(cause, KerasMPError | StopIteration | StopAsyncIteration):
         try:
-            both = type("SampleError", (SampleError, type(cause)), {"__reduce__": _reduce, "__str__": _text})
-            error = both.__new__(both, text)
+            both: Any = type("SampleError", (SampleError, type(cause)), {"__reduce__": _reduce, "__str__": _text})
+            error = both.__new__(both, text)  # not __init__: the original's may want other arguments
             error.args = (text,)
         except Exception:  # some types cannot be subclassed, or have a layout of their own
             error = None
@@ -110,7 +110,7 @@ def sample_error(failure: SampleFailure, cause: BaseException | None, note: str 
     error.failure = failure
     error.note = note
     error.__cause__ = cause
-    return error
+    return cast(SampleError, error)
 
 
 def _text(self: SampleError) -> str:

@@ -62,8 +62,8 @@ class FailureLog:
             return
         last = next((f for f in reversed(self._kept) if f.epoch == epoch), None)
         warnings.warn(
-            f"keras_mp: {count} of {self._epoch_samples} samples failed in epoch {epoch} and were left out or replaced; "
-            f"`dataset.failures` lists them. {'' if last is None else 'The last: ' + last.describe()}",
+            f"keras_mp: {count} of {self._epoch_samples} samples failed in epoch {epoch} and were left out or "
+            f"replaced; `dataset.failures` lists them. {'' if last is None else 'The last: ' + last.describe()}",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -109,8 +109,9 @@ class SampleLoader:
                     source = row
                 else:
                     rows.repeat(source, row)
-        return Loaded(self._finish(rows, capacity if self.on_error == "replace" else len(good), request, seed),
-                      tuple(failures))
+        return Loaded(
+            self._finish(rows, capacity if self.on_error == "replace" else len(good), request, seed), tuple(failures)
+        )
 
     def _put(
         self, rows: collating.Samples | collating.Stack, row: int, index: int, request: Request, seed: Seeder | None

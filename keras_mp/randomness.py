@@ -118,7 +118,7 @@ class ThreadIsolation:
         self._draws = False  # whether this loader's code is known to draw from the global state
 
     def run(self, load: Callable[[Seeder | None], Any]) -> Any:
-        """Calls `load(seeder)`: once without seeding and, if the global state has moved by then, again alone with it."""
+        """Calls `load(seeder)`: without seeding and, if the global state has moved by then, again, alone and seeded."""
         if not self._draws:
             with _company.together():
                 before = _global_state()

@@ -27,12 +27,12 @@ class ReadAhead:
     """
 
     def __init__(
-        self, engine: Engine, request: Callable[[int, int], Request], depth: int, plan: Iterator[Key] = iter(())
+        self, engine: Engine, request: Callable[[int, int], Request], depth: int, plan: Iterator[Key] | None = None
     ) -> None:
         self._engine = engine
         self._request = request
         self._depth = depth
-        self._plan = plan
+        self._plan = iter(()) if plan is None else plan
         self._handles: dict[Key, Any] = {}
         self._aside: dict[Key, Any] = {}  # requested along the last plan; may yet be asked for
         self._lock = threading.Lock()

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import pickle
 import threading
-from typing import Any
 
 from keras_mp import wire
 from keras_mp.arena import Arena, Lease, Segment

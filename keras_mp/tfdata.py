@@ -18,10 +18,12 @@ from keras_mp.errors import KerasMPError
 try:
     import tensorflow as tf
 except ImportError as error:
-    raise ImportError("to_tf_dataset() needs TensorFlow; install it with: pip install 'keras-mp[tensorflow]'") from error
+    raise ImportError(
+        "to_tf_dataset() needs TensorFlow; install it with: pip install 'keras-mp[tensorflow]'"
+    ) from error
 
 if TYPE_CHECKING:
-    from keras_mp.dataset import LoadedDataset
+    from keras_mp.loaded import LoadedDataset
 
 
 class _Spec:
@@ -58,8 +60,8 @@ class _Spec:
         if dtype != spec.dtype or not spec.shape.is_compatible_with(array.shape):
             raise ValueError(
                 f"batch{path} contradicts the element_spec: expected shape {tuple(spec.shape)} and dtype "
-                f"{spec.dtype.name}, received shape {array.shape} and dtype {array.dtype}; make all batches alike, or pass "
-                "element_spec= with None for the axes that vary"
+                f"{spec.dtype.name}, received shape {array.shape} and dtype {array.dtype}; make all batches alike, or "
+                "pass element_spec= with None for the axes that vary"
             )
         if not array.dtype.isnative:
             array = array.astype(array.dtype.newbyteorder("="))
@@ -114,7 +116,9 @@ def _spec_of(dataset: LoadedDataset) -> Any:
         try:
             return tf.TensorSpec((axis, *array.shape[1:]) if array.ndim else (), _tf_dtype(array))
         except TypeError as error:
-            raise KerasMPError(f"batch{path} has dtype {array.dtype}, which TensorFlow does not know: {error}") from None
+            raise KerasMPError(
+                f"batch{path} has dtype {array.dtype}, which TensorFlow does not know: {error}"
+            ) from None
 
     return _fill(batch, iter([leaf_spec(path, leaf) for path, leaf in _walk(batch) if leaf is not None]))
 

@@ -44,7 +44,8 @@ def dump_result(value: Any, buffers: Buffers) -> bytes:
         return pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
     except Exception:  # of a class that exists only by value, say one the user defined in `__main__`
         buffers.clear()
-        return cloudpickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+        data: bytes = cloudpickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+        return data
 
 
 def dump_user_object(value: Any, name: str, buffers: Buffers | None = None) -> bytes:
@@ -66,7 +67,7 @@ def dump_user_object(value: Any, name: str, buffers: Buffers | None = None) -> b
     return stream.getvalue()
 
 
-class _UserPickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle's class is untyped
+class _UserPickler(cloudpickle.Pickler):
     def __init__(self, stream: io.BytesIO, callback: Callable[[pickle.PickleBuffer], Any] | None) -> None:
         super().__init__(stream, protocol=5, buffer_callback=callback)
 
@@ -224,7 +225,8 @@ class FrameReader:
         """Bytes short of the first frame; 0 when it is complete. At most 1 MiB is asked for at once."""
         if len(self._data) < _LENGTH.size:
             return _LENGTH.size
-        return min(max(0, _LENGTH.size + _LENGTH.unpack_from(self._data)[0] - len(self._data)), 1 << 20)
+        length: int = _LENGTH.unpack_from(self._data)[0]
+        return min(max(0, _LENGTH.size + length - len(self._data)), 1 << 20)
 
 
 def nbytes(shape: Sequence[int], dtype: np.dtype[Any]) -> int:

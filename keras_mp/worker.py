@@ -80,7 +80,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """A batch: its pickle (or where it lies), its buffers' places or the buffers themselves, and the slot's new size."""
+    """A batch: its pickle, or where that lies; its buffers, or their places; the slot's new size."""
 
     job: int
     header: bytes | tuple[int, int]
@@ -182,7 +182,7 @@ def _unpack(message: Load, fds: list[int]) -> Loader | Exception:
         if small is None:
             raise RuntimeError("the loader came without its pickle")
         offset, size = message.pickle
-        loader: Loader = pickle.loads(small[offset : offset + size], buffers=buffers)
+        loader: Loader = pickle.loads(small[offset : offset + size].data, buffers=buffers)
         return loader
     except Exception as error:
         error.add_note("While unpickling the dataset's source and functions in the worker process.")
@@ -194,20 +194,17 @@ def _unpack(message: Load, fds: list[int]) -> Loader | Exception:
 
 def _encode(job: int, batch: Any, failures: tuple[SampleFailure, ...], memory: _Memory, started: float) -> Done:
     buffers: wire.Buffers = []
-    header: bytes | tuple[int, int] = wire.dump_result(batch, buffers)
+    header = wire.dump_result(batch, buffers)
     slot = memory.slot
     if slot is not None:
         try:
             places = [slot.put(buffer) for buffer in buffers]
-            if len(header) > _INLINE_BYTES:
-                header = slot.put(pickle.PickleBuffer(header))
-            return Done(job, header, places, slot.size, failures, time.perf_counter() - started)
+            place = slot.put(pickle.PickleBuffer(header)) if len(header) > _INLINE_BYTES else header
+            return Done(job, place, places, slot.size, failures, time.perf_counter() - started)
         except OSError as error:
             memory.refused = memory.refused or str(error)
     payload = [buffer.raw().tobytes() for buffer in buffers]
     size = slot.size if slot is not None else None
-    if not isinstance(header, bytes):
-        header = wire.dump_result(batch, [])
     return Done(job, header, payload, size, failures, time.perf_counter() - started, memory.refused or "no slot")
 
 
