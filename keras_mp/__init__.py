@@ -21,10 +21,12 @@ if TYPE_CHECKING:
         WorkerCrashed,
     )
     from keras_mp.pool import WorkerPool
+    from keras_mp.resume import BackupAndRestore
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BackupAndRestore": "resume",
     "PoolDataset": "dataset",
     "parallelize": "dataset",
     "WorkerPool": "pool",
@@ -39,6 +41,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "BackupAndRestore",
     "BatchTimeout",
     "KerasMPError",
     "PoolClosed",

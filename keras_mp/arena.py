@@ -14,6 +14,7 @@ a slot back is one `deque.append` and nothing else.
 from __future__ import annotations
 
 import collections
+import errno
 import mmap
 import os
 import pickle
@@ -63,12 +64,14 @@ class Slot:
             os.ftruncate(self.fd, self.size)
             self.memory()
         except OSError:
-            os.close(self.fd)
+            self.close()
             raise
 
     def memory(self) -> npt.NDArray[np.uint8]:
         """The whole slot as bytes, mapped anew after the worker has extended it."""
         if self._map is None or self._map.nbytes < self.size:
+            if self.fd < 0:  # mmap would take it for anonymous memory
+                raise OSError(errno.EBADF, "the slot has been closed")
             self._map = np.frombuffer(mmap.mmap(self.fd, self.size), dtype=np.uint8)
         return self._map
 
@@ -82,8 +85,14 @@ class Slot:
 
     def close(self) -> None:
         """Gives up the descriptor; the memory itself lives on in arrays that still stand on it."""
-        os.close(self.fd)
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            os.close(fd)
         self._map = None
+
+    def __del__(self) -> None:
+        if getattr(self, "fd", -1) >= 0:  # of an arena that nobody closed
+            self.close()
 
 
 class Lease:
@@ -96,7 +105,7 @@ class Lease:
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
-        self._memory = self.slot.memory()
+        self.remap()
         return {
             "version": 3,
             "typestr": "|u1",
@@ -107,6 +116,19 @@ class Lease:
     def __del__(self) -> None:
         # NumPy's own views would collapse to the map below; only this object knows that the consumer is done.
         self._freed.append(self.slot)
+
+    def remap(self) -> None:
+        """Maps what the worker has added. Once done, the batch needs the slot's descriptor no more.
+
+        Raises:
+            OSError: memory is refused.
+        """
+        if self._memory.nbytes < self.slot.size:
+            self._memory = self.slot.memory()
+
+    def restart(self) -> None:
+        """Forgets how far a worker had got."""
+        self._memory[:CONTROL_BYTES].view(np.int64)[0] = NOT_STARTED
 
     def position(self) -> int:
         """The first control word: the position of the sample being processed, or `NOT_STARTED`."""
@@ -147,7 +169,7 @@ class Arena:
             self._numbers += 1
             self.slots[slot.number] = slot
         lease = Lease(slot, self._freed)
-        slot.memory()[:CONTROL_BYTES].view(np.int64)[0] = NOT_STARTED
+        lease.restart()
         return lease
 
     def trim(self) -> list[int]:
@@ -187,9 +209,15 @@ class SlotMemory:
         self._control: npt.NDArray[np.int64] | None = None
 
     def begin(self, size: int) -> None:
-        """Starts a batch in a slot that is now `size` bytes long, in one mapping."""
+        """Starts a batch in a slot that is now `size` bytes long, in one mapping.
+
+        Raises:
+            OSError: memory is refused.
+        """
         if self.size != size or len(self._maps) != 1:
-            self._maps = [(0, np.frombuffer(mmap.mmap(self._fd, size), dtype=np.uint8))]
+            self.size, self._control = 0, None
+            self._maps.clear()
+            self._maps.append((0, np.frombuffer(mmap.mmap(self._fd, size), dtype=np.uint8)))
             self.size = size
             self._control = self._maps[0][1][:CONTROL_BYTES].view(np.int64)
         self._end = CONTROL_BYTES
@@ -200,8 +228,8 @@ class SlotMemory:
             self._control[0] = position
 
     def read(self, size: int) -> bytes:
-        """The `size` bytes behind the control words."""
-        return self._maps[0][1][CONTROL_BYTES : CONTROL_BYTES + size].tobytes()
+        """The `size` bytes behind the control words, also of a slot that could not be mapped."""
+        return os.pread(self._fd, size, CONTROL_BYTES)
 
     def take(self, size: int) -> tuple[int, npt.NDArray[np.uint8]]:
         """The next `size` bytes, aligned: their offset and the memory.
@@ -216,9 +244,9 @@ class SlotMemory:
             start = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
             new_size = round_to_page(offset + size + size // 8)
             os.ftruncate(self._fd, new_size)
-            self.size = new_size
             memory = np.frombuffer(mmap.mmap(self._fd, new_size - start, offset=start), dtype=np.uint8)
             self._maps.append((start, memory))
+            self.size = new_size
         self._end = offset + size
         return offset, memory[offset - start : offset - start + size]
 
@@ -267,13 +295,13 @@ class Segment:
             for buffer, (offset, _) in zip(buffers, places, strict=True):
                 _write_all(self.fd, buffer.raw(), offset)
         except OSError:
-            os.close(self.fd)
+            self.close()
             raise
 
     def holds(self, buffers: Sequence[pickle.PickleBuffer], places: Sequence[tuple[int, int]], size: int) -> bool:
         """Whether filling a segment with these buffers would give this one's bytes again."""
-        if size != self.size:
-            return False
+        if size != self.size or not size:
+            return size == self.size
         memory = map_segment(self.fd, size)
         return all(
             np.array_equal(memory[offset : offset + length], np.frombuffer(buffer.raw(), dtype=np.uint8))
@@ -282,7 +310,13 @@ class Segment:
 
     def close(self) -> None:
         """Gives up the descriptor; workers keep their mappings."""
-        os.close(self.fd)
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            os.close(fd)
+
+    def __del__(self) -> None:
+        if getattr(self, "fd", -1) >= 0:  # of a task that nobody closed, or that failed half-way
+            self.close()
 
 
 def map_segment(fd: int, size: int) -> npt.NDArray[np.uint8]:

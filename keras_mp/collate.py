@@ -165,7 +165,7 @@ class _Leaf(_Node):
             )
         if array.dtype != self._rows.dtype:
             self._widen(array.dtype)
-        self._rows[row] = array
+        self._rows[row, ...] = array  # with the ellipsis, a 0-d array of objects gives its object
 
     def _widen(self, dtype: np.dtype[Any]) -> None:
         try:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Generator, Mapping
+from typing import Any, cast
 
 import keras
 
@@ -15,6 +15,8 @@ from keras_mp.epochs import EpochTracker
 from keras_mp.loaded import LoadedDataset, Pool
 from keras_mp.loading import BatchLoader, OnError, SampleLoader
 from keras_mp.wire import dump_user_object
+
+_STATE_VERSION = 1
 
 
 class PoolDataset(LoadedDataset):
@@ -80,7 +82,7 @@ class PoolDataset(LoadedDataset):
             raise ValueError(
                 "order= decides the order of samples, so shuffle=True has no meaning; leave one of them out"
             )
-        loader = SampleLoader(
+        loader: SampleLoader = SampleLoader(
             source,
             checks.check_callable(transform, "transform"),
             checks.check_callable(collate, "collate"),
@@ -112,6 +114,7 @@ class PoolDataset(LoadedDataset):
             pool=pool,
             max_failures=checks.check_max_failures(max_failures),
         )
+        self._seed_drawn = seed is None
         if self._processes and pool is None:
             for name in ("transform", "collate", "batch_transform"):
                 dump_user_object(getattr(loader, name), name, [])
@@ -133,6 +136,11 @@ class PoolDataset(LoadedDataset):
         index = checks.check_count(index, "index", 0)
         if index >= num_shards:
             raise ValueError(f"index must be below num_shards={num_shards}, got {index}")
+        if self._plan.batch_size == 1 and not self._plan.drop_remainder and self._plan.epoch_length % num_shards:
+            raise ValueError(
+                f"{self._plan.epoch_length} samples in batches of one cannot give num_shards={num_shards} the same "
+                "number of batches; pass drop_remainder=True, or batch_size=2 or more"
+            )
         if self._plan.num_shards != 1:
             raise ValueError(f"this dataset is shard {self._plan.shard} of {self._plan.num_shards} already")
         plan = dataclasses.replace(self._plan, num_shards=num_shards, shard=index)
@@ -145,10 +153,71 @@ class PoolDataset(LoadedDataset):
         part._runtime = None
         part._pool = self._pool
         part._plan = plan
-        part._tracker = EpochTracker(requests_seen=not isinstance(self._pool, str))
+        part._tracker = EpochTracker(plan.num_batches, requests_seen=not isinstance(self._pool, str))
         part._tracker.set_epoch(self.epoch)
         part._failures = self._failures.fresh(plan.epoch_length // num_shards)
         return part
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where in its epochs the dataset is: plain numbers and lists, fit for JSON.
+
+        What counts is what was handed out: by an iteration (also inside its loop) or by `dataset[i]`. In `fit` on
+        TensorFlow that runs ahead of what the model was trained on; `keras_mp.BackupAndRestore` knows the difference.
+        """
+        return self._state(self.epoch, self._tracker.left_after())
+
+    def _state(self, epoch: int, left: list[int]) -> dict[str, Any]:
+        whole = len(left) in (0, self._plan.num_batches)
+        state = {"version": _STATE_VERSION, **self._identity(), "epoch": epoch + (not left)}
+        return {**state, "remaining": None if whole and left == sorted(left) else left}
+
+    def _identity(self) -> dict[str, Any]:
+        plan = self._plan
+        return {
+            "length": plan.length,
+            "epoch_length": plan.epoch_length,
+            "batch_size": plan.batch_size,
+            "shuffle": plan.shuffle,
+            "drop_remainder": plan.drop_remainder,
+            "num_shards": plan.num_shards,
+            "shard": plan.shard,
+            "seed": plan.seed,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes to where `state_dict()` was taken: the current epoch is then what was left of that one.
+
+        Iteration, `dataset[i]`, `len(dataset)`, the next pass of Keras and an export made now give the batches that
+        had not been handed out, bit for bit, whatever the number of workers. The epoch after that is whole again.
+        A dataset made with `seed=None` takes the seed of the state.
+
+        Args:
+            state: what `state_dict()` returned, for a dataset of the same source, seed and batches.
+
+        Raises:
+            ValueError: it is of another dataset or version; the message says which number differs.
+        """
+        if state.get("version") != _STATE_VERSION:
+            raise ValueError(f"state has version {state.get('version')!r}, but this keras_mp reads {_STATE_VERSION}")
+        if self._seed_drawn and "seed" in state:
+            self._reseed(checks.check_count(state["seed"], "seed", 0))
+        for name, mine in self._identity().items():
+            if state.get(name) != mine:
+                raise ValueError(
+                    f"state is of another dataset: {name} is {state.get(name)!r} there and {mine!r} here; make the "
+                    "dataset as it was when the state was taken"
+                )
+        left = state["remaining"]
+        self.set_epoch(state["epoch"])
+        self._tracker.set_epoch(self.epoch, None if left is None else [int(batch) for batch in left])
+
+    def _reseed(self, seed: int) -> None:
+        self._loader = dataclasses.replace(cast(SampleLoader, self._loader), seed=seed)
+        self._plan = dataclasses.replace(self._plan, seed=seed)
+        self._seed_drawn = False
+        if self._runtime is not None:
+            self._drop_requests()
+            self._runtime.engine.update(self._loader)
 
     @property
     def _batch_axis(self) -> int | None:
@@ -192,7 +261,7 @@ class _ParallelDataset(LoadedDataset):
             self._tell("on_epoch_end")
         super().set_epoch(epoch)
 
-    def _stream(self, epochs: int) -> Iterator[Any]:
+    def _stream(self, epochs: int) -> Generator[Any]:
         for _ in range(epochs):  # an epoch's batches depend on a hook called after the last one's
             yield from self
 

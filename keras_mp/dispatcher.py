@@ -19,10 +19,13 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import errno
 import os
 import pickle
 import selectors
+import signal
 import socket
+import sys
 import threading
 import time
 import warnings
@@ -30,19 +33,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from keras_mp import wire
-from keras_mp.errors import BatchTimeout, PoolClosed, WorkerCrashed
+from keras_mp.errors import BatchTimeout, KerasMPError, PoolClosed, WorkerCrashed
 from keras_mp.loading import Request
 from keras_mp.spawn import Process, worker_environment
 from keras_mp.task import Job, Task
-from keras_mp.worker import Done, Failed, Run
+from keras_mp.worker import EXIT_NO_DESCRIPTOR, Done, Failed, Forget, Run
 
 _START_TIMEOUT_S = 120.0
 _START_TRIES = 3
+_START_PATIENCE_S = 30.0  # for starts that somebody's SIGKILL ends, say the system's, short of memory
+_START_PAUSE_S = 10.0  # before another try, while the workers that there are do the work
+_UNSTARTED_TRIES = 5  # workers that may be killed before a batch's first sample, before the batch is blamed
 _EXIT_GRACE_S = 2.0
 _STOPPED_GRACE_S = 5.0  # a terminal's Ctrl-Z stops parent and workers together; both go on within this
 _TICK_S = 0.5
+_EOF_GRACE_S = 1.0  # a process that ends closes its socket a moment earlier
+_SEND_TIMEOUT_S = 10.0
 _JOIN_TIMEOUT_S = 10.0
 _INLINE_SAMPLES = 512  # a longer list of samples travels in the slot, so that a socket is never full
+# Exit codes that say nothing against a batch that the worker had not begun.
+_INNOCENT_EXITS = (-signal.SIGKILL, -signal.SIGTERM, EXIT_NO_DESCRIPTOR)
 
 
 class _Seat:
@@ -56,8 +66,9 @@ class _Seat:
         self.stopped_since: float | None = None
         self.versions: dict[int, int] = {}
         self.slots: set[tuple[int, int]] = set()
-        self.forget_tasks: list[int] = []
         self.ended_for = ""
+        self.ended_at: Job | None = None
+        self.broken = ""
 
 
 class Dispatcher:
@@ -72,16 +83,25 @@ class Dispatcher:
         self._lock = threading.Lock()
         self._queue: collections.deque[Job] = collections.deque()
         self._seats: list[_Seat] = []
-        self._selector = selectors.DefaultSelector()
         self._wake_read, self._wake_write = socket.socketpair()
+        try:
+            self._selector = selectors.DefaultSelector()
+        except OSError:
+            self._wake_read.close()
+            self._wake_write.close()
+            raise
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
         self._selector.register(self._wake_read, selectors.EVENT_READ)
         self._thread: threading.Thread | None = None
         self._ticking = False
+        self._watched_at = 0.0
         self._failed_starts = 0
+        self._failing_since = 0.0
+        self._start_after = 0.0
         self._next_job = 0
         self._warned = False
+        self._warning = ""
         self.closed = False
 
     # -- called by consumers -------------------------------------------------------------------------------------
@@ -99,10 +119,11 @@ class Dispatcher:
                 raise PoolClosed("the dataset or its pool has been closed; make a new one")
             self._queue.append(job)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._dispatch, daemon=True, name="keras_mp-dispatcher")
-                self._thread.start()
+                thread = threading.Thread(target=self._dispatch, daemon=True, name="keras_mp-dispatcher")
+                thread.start()
+                self._thread = thread
             self._pump()
-            if not self._ticking:
+            if not self._ticking or (self._queue and len(self._seats) < self.workers):
                 self.wake()
         return job
 
@@ -116,8 +137,12 @@ class Dispatcher:
             self.check_usable()
             if self._thread is None or not self._thread.is_alive():
                 if job.wait(0):
-                    return
+                    break
                 raise PoolClosed("the pool was closed while this batch was being loaded")
+        # Here and not where it is found: there a lock is held, and a warning may be an exception or run user code.
+        text, self._warning = self._warning, ""
+        if text:
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def check_usable(self) -> None:
         """Raises PoolClosed in a forked copy of the owner: it has neither the dispatcher nor the sockets."""
@@ -140,9 +165,23 @@ class Dispatcher:
         self.wake()
         thread = self._thread
         if thread is None:
-            self.closed = True
+            if self._lock.acquire(blocking=False):
+                try:
+                    if self._thread is None and not self.closed:
+                        self.closed = True
+                        self._end_all(None)
+                finally:
+                    self._lock.release()
         elif wait and thread is not threading.current_thread():
             thread.join(_JOIN_TIMEOUT_S)
+
+    def before_fork(self) -> None:
+        """Waits until no worker is half started, as its descriptors would stay open in the fork."""
+        self._lock.acquire()
+
+    def after_fork_in_parent(self) -> None:
+        """Goes on."""
+        self._lock.release()
 
     def after_fork_in_child(self) -> None:
         """A forked copy lets go of everything: as long as it held a lifeline, workers would outlive their parent."""
@@ -151,6 +190,7 @@ class Dispatcher:
         self._selector.close()
         self._wake_read.close()
         self._wake_write.close()
+        self._lock.release()
 
     def describe(self) -> dict[str, Any]:
         """Numbers for `stats()`."""
@@ -174,12 +214,16 @@ class Dispatcher:
                             self._wake_read.recv(4096)
                     else:
                         self._read(key.data)
+                gone: list[_Seat] = []
                 with self._lock:
                     self._read_notes()
                     if not self.closed:
-                        self._watch()
+                        gone = self._watch()
                         self._pump()
+                        self._start_missing()
                     self._ticking = bool(self._queue) or any(s.jobs or not s.process.ready for s in self._seats)
+                for seat in gone:
+                    self._read(seat, gone=True)
         except BaseException as error:
             failure = error
             raise
@@ -188,61 +232,106 @@ class Dispatcher:
                 self.closed = True
                 self._end_all(failure)
 
-    def _read(self, seat: _Seat) -> None:
-        try:
-            for message in seat.frames.frames():
-                with self._lock:
-                    if isinstance(message, Done | Failed):
-                        self._answer(seat, message)
-                    else:
-                        seat.process.hello()
-                        self._failed_starts = 0
-                    self._pump()
-        except EOFError:
+    def _read(self, seat: _Seat, gone: bool = False) -> None:
+        messages = seat.frames.frames()
+        while True:
+            try:
+                message = next(messages, None)
+            except EOFError:
+                gone = True
+                break
+            except Exception as error:  # no memory for it, or not of our making
+                seat.broken = f"sent a reply that could not be read ({error!r})"
+                gone = True
+                break
+            if message is None:
+                break
+            with self._lock:
+                if isinstance(message, Done | Failed):
+                    self._answer(seat, message)
+                else:
+                    seat.process.hello()
+                    self._failed_starts = 0
+                self._pump()
+        if gone:
             with self._lock:
                 if seat in self._seats:
                     self._bury(seat)
+                self._pump()
 
     def _answer(self, seat: _Seat, reply: Done | Failed) -> None:
+        if not seat.jobs or seat.jobs[0][0] != reply.job:  # user code has forked, and the fork answers too
+            seat.broken = "answered out of turn (does the dataset's code fork?)"
+            seat.process.kill()
+            return
         _, job = seat.jobs.popleft()
         seat.head_since = time.monotonic()
+        if job.done:
+            return
         if isinstance(reply, Done):
             job.task.note_load(reply.load_s)
-            if job.lease is not None and reply.slot_size is not None:
-                job.lease.slot.size = reply.slot_size
             if reply.refused:
                 self._warn_no_memory(reply.refused)
+            if job.lease is not None and reply.slot_size is not None:
+                job.lease.slot.size = reply.slot_size
+                try:
+                    job.lease.remap()  # now, as the slot may be closed before the batch is taken
+                except OSError as error:
+                    if error.errno in (errno.EMFILE, errno.ENFILE):  # a mapping takes a descriptor: do without
+                        self._warn_no_memory(str(error))
+                        job.lease, job.by_socket = None, True
+                        self._queue.appendleft(job)
+                        return
+                    job.fail(
+                        KerasMPError(
+                            f"{job.name} is ready, but its {reply.slot_size} bytes could not be mapped: {error}. Raise "
+                            "the limit on address space (ulimit -v), or lower batch_size or max_queue_size."
+                        )
+                    )
         job.finish(reply)
 
     def _pump(self) -> None:
-        """Hands queued jobs to workers that have room, the idlest first, and starts workers that are missing."""
+        """Hands queued jobs to workers that have room, the idlest first."""
         while self._queue:
             job = self._queue[0]
-            if job.cancelled or job.task.closed:
+            if job.task.closed:
+                job.fail(PoolClosed(f"the dataset was closed while {job.name} was being loaded"))
+            if job.cancelled or job.done:
                 self._queue.popleft()
                 continue
-            seat = min((s for s in self._seats if s.process.ready), key=lambda s: len(s.jobs), default=None)
+            usable = (s for s in self._seats if s.process.ready and not s.ended_for and not s.broken)
+            seat = min(usable, key=lambda s: len(s.jobs), default=None)
             if seat is None or len(seat.jobs) >= job.task.depth:
                 break
             self._queue.popleft()
             self._hand_over(seat, job)
-        if self._queue and len(self._seats) < self.workers:
-            self._start_missing()
 
     def _start_missing(self) -> None:
-        while len(self._seats) < self.workers:
+        """Starts as many workers as there is work for; on the dispatcher's thread, where no Ctrl-C can come between."""
+        starting = sum(not seat.process.ready for seat in self._seats)
+        while len(self._seats) < self.workers and starting < len(self._queue):
+            if self._seats and time.monotonic() < self._start_after:
+                return
             try:
-                seat = _Seat(Process(self._environment))
-                self._selector.register(seat.process.sock, selectors.EVENT_READ, seat)
+                process = Process(self._environment)
+                try:
+                    seat = _Seat(process)
+                    self._selector.register(process.sock, selectors.EVENT_READ, seat)
+                    self._seats.append(seat)
+                except BaseException:
+                    process.reap()
+                    raise
             except OSError as error:
+                self._start_after = time.monotonic() + _START_PAUSE_S
                 if self._seats:
                     return  # fewer workers than asked for still do the work
                 self._give_up(
                     f"no worker process could be started: {error}. Received workers={self.workers}; lower it, or raise "
-                    "the limit on processes or open files (ulimit -u, ulimit -n)."
+                    f"the limit on processes or open files (ulimit -u, ulimit -n). sys.executable={sys.executable!r} "
+                    "must be a Python interpreter."
                 )
                 return
-            self._seats.append(seat)
+            starting += 1
 
     def _hand_over(self, seat: _Seat, job: Job) -> None:
         task = job.task
@@ -250,106 +339,168 @@ class Dispatcher:
         if not seat.jobs:
             seat.head_since = time.monotonic()
         seat.jobs.append((number, job))
-        dropped = task.arena.trim()
-        for other in self._seats:
-            other.slots.difference_update((task.number, slot) for slot in dropped)
-        if job.lease is None:
-            try:
-                job.lease = task.arena.acquire()
-            except OSError as error:
-                self._warn_no_memory(str(error))
         try:
+            self._trim(task)
             if seat.versions.get(task.number) != task.version:
                 load, fds = task.load_message()
                 wire.send(seat.process.sock, load, fds)
-                seat.versions[task.number] = task.version
-            run, fds = self._run_message(seat, number, job, tuple(dropped))
-            wire.send(seat.process.sock, run, fds)
+                seat.versions[task.number] = load.version
+            run, fds = self._run_message(seat, number, job)
+            if job.lease is None:
+                seat.process.sock.settimeout(_SEND_TIMEOUT_S)  # a long request may fill the socket
+            try:
+                wire.send(seat.process.sock, run, fds)
+            finally:
+                seat.process.sock.setblocking(False)
         except OSError:  # it died, or does not read: the end of its socket will put the job back
             seat.process.kill()
+        except BaseException:  # Ctrl-C in a consumer: the worker may have half a message
+            seat.process.kill()
+            raise
 
-    def _run_message(self, seat: _Seat, number: int, job: Job, dropped: tuple[int, ...]) -> tuple[Run, list[int]]:
-        forget, seat.forget_tasks = tuple(seat.forget_tasks), []
+    def _trim(self, task: Task) -> None:
+        dropped = task.arena.trim()
+        for seat in self._seats if dropped else ():
+            known = [slot for slot in dropped if (task.number, slot) in seat.slots]
+            if known:
+                seat.slots.difference_update((task.number, slot) for slot in known)
+                self._tell(seat, Forget(task.number, tuple(known)))
+
+    def _tell(self, seat: _Seat, message: Forget) -> None:
+        try:
+            wire.send(seat.process.sock, message)
+        except OSError:  # as in `_hand_over`
+            seat.process.kill()
+
+    def _run_message(self, seat: _Seat, number: int, job: Job) -> tuple[Run, list[int]]:
         request: Request | int = job.request
-        if job.lease is None:
-            return Run(number, job.task.number, -1, None, request, forget, dropped), []
-        slot = job.lease.slot
-        if len(job.request.samples) > _INLINE_SAMPLES:
-            data = pickle.dumps(job.request, protocol=5)
-            slot.write(data)
-            request = len(data)
-        fds = []
+        if job.by_socket:
+            return Run(number, job.task.number, -1, None, job.request), []
+        try:
+            if job.lease is None:
+                job.lease = job.task.arena.acquire()
+            job.lease.restart()  # what an earlier worker noted there is history
+            if len(job.request.samples) > _INLINE_SAMPLES:
+                data = pickle.dumps(job.request, protocol=5)
+                job.lease.slot.write(data)
+                job.lease.remap()
+                request = len(data)
+        except OSError as error:
+            job.lease = None
+            self._warn_no_memory(str(error))
+            return Run(number, job.task.number, -1, None, job.request), []
+        slot, fds = job.lease.slot, []
         if (job.task.number, slot.number) not in seat.slots:
             seat.slots.add((job.task.number, slot.number))
             fds = [slot.fd]
-        return Run(number, job.task.number, slot.number, slot.size, request, forget, dropped), fds
+        return Run(number, job.task.number, slot.number, slot.size, request), fds
 
     # -- faults --------------------------------------------------------------------------------------------------
 
-    def _watch(self) -> None:
-        """Ends workers that are past a deadline, or stopped; the end of their socket does the rest."""
+    def _watch(self) -> list[_Seat]:
+        """Ends workers that are past a deadline, or stopped; the end of their socket does the rest.
+
+        Returns:
+            Workers that have ended though their socket has not: a child of theirs may hold it.
+        """
         now = time.monotonic()
+        if now - self._watched_at < _TICK_S / 2:
+            return []
+        self._watched_at = now
+        gone = []
         for seat in self._seats:
-            if seat.ended_for:
-                continue
-            if not seat.process.ready:
-                if now - seat.process.started > _START_TIMEOUT_S:
-                    seat.ended_for = "start"
-            elif seat.jobs:
-                timeout_s = seat.jobs[0][1].task.timeout_s
-                if timeout_s is not None and now - seat.head_since > timeout_s:
-                    seat.ended_for = f"took longer than timeout={timeout_s:g} s"
-                elif not seat.process.is_stopped():
-                    seat.stopped_since = None
-                elif seat.stopped_since is None:
-                    seat.stopped_since = now
-                elif now - seat.stopped_since > _STOPPED_GRACE_S:
-                    seat.ended_for = f"stood stopped (SIGSTOP) for {_STOPPED_GRACE_S:g} s"
-            if seat.ended_for:
-                seat.process.kill()
+            if seat.process.has_ended():
+                gone.append(seat)
+            elif not seat.ended_for and (seat.jobs or not seat.process.ready):
+                seat.ended_for = self._deadline_missed(seat, now)
+                if seat.ended_for:
+                    seat.ended_at = seat.jobs[0][1] if seat.jobs else None
+                    seat.process.kill()
+        return gone
+
+    def _deadline_missed(self, seat: _Seat, now: float) -> str:
+        """What is wrong with a worker that has something to do, in words; "" if nothing is."""
+        if seat.process.ready:
+            task = seat.jobs[0][1].task
+            if task.timeout_s is not None and now - seat.head_since > task.timeout_s:
+                return f"took longer than timeout={task.timeout_s:g} s"
+            if task.closed and now - max(seat.head_since, task.closed_at) > _EXIT_GRACE_S:
+                return "was at a batch of a closed dataset"
+        elif now - seat.process.started > _START_TIMEOUT_S:
+            return f"was not ready within {_START_TIMEOUT_S:g} s"
+        if not seat.process.is_stopped():
+            seat.stopped_since = None
+        elif seat.stopped_since is None:
+            seat.stopped_since = now
+        elif now - seat.stopped_since > _STOPPED_GRACE_S:
+            return f"stood stopped (SIGSTOP) for {_STOPPED_GRACE_S:g} s"
+        return ""
 
     def _bury(self, seat: _Seat) -> None:
         """A worker's socket has ended: remove it, and put back what it was doing."""
         self._selector.unregister(seat.process.sock)
         self._seats.remove(seat)
         stderr = seat.process.captured_stderr()
-        seat.process.kill()
+        if not seat.ended_for and not seat.broken and not seat.process.has_ended(_EOF_GRACE_S):
+            seat.broken = "closed its socket, but went on running"
         ended = seat.process.reap()
         if not seat.process.ready:
-            self._failed_starts += 1
-            if (seat.process.exit_code or 0) >= 0 or self._failed_starts >= _START_TRIES:
-                self._failed_starts = 0
-                self._give_up(f"a worker process could not start ({ended}). It said:\n{stderr or '(nothing)'}")
+            self._note_failed_start(seat, seat.ended_for or seat.broken or ended, stderr)
             return
         self.restarts += 1
         jobs = [job for _, job in seat.jobs]
-        if jobs and self._is_spent(jobs[0], seat, ended):
+        if jobs and self._is_spent(jobs[0], seat, seat.broken or f"ended with {ended}"):
             jobs.pop(0)
         self._queue.extendleft(reversed(jobs))
 
+    def _note_failed_start(self, seat: _Seat, how: str, stderr: str) -> None:
+        """Gives up where no worker is left and none can start: one exit of its own, or three faults, shows that."""
+        now = time.monotonic()
+        if not self._failed_starts:
+            self._failing_since = now
+        self._failed_starts += 1
+        timed_out = bool(seat.ended_for) and seat.stopped_since is None
+        if seat.process.exit_code in _INNOCENT_EXITS and not timed_out:
+            hopeless = now - self._failing_since > _START_PATIENCE_S
+        else:
+            hopeless = (seat.process.exit_code or 0) >= 0 or timed_out or self._failed_starts >= _START_TRIES
+        if hopeless:
+            self._start_after = now + _START_PAUSE_S
+            if not self._seats:
+                self._failed_starts = 0
+                self._give_up(f"a worker process could not start ({how}). It said:\n{stderr or '(nothing)'}")
+
     def _is_spent(self, job: Job, seat: _Seat, ended: str) -> bool:
         """Whether the job has now failed for good; then it is told so."""
+        if job.done or (seat.ended_for and job is not seat.ended_at):
+            return job.done  # it was the batch before this one that the worker was ended for
         sample = job.sample_in_progress()
         at = "before its first sample" if sample is None else f"at sample {sample}"
-        if seat.ended_for:
-            job.timeouts += 1
-            job.crashes.append(f"process {seat.process.pid} {seat.ended_for}, {at}")
-            if job.timeouts < 2:
+        job.faults.append(f"process {seat.process.pid} {seat.ended_for or ended}, {at}")
+        from_outside = seat.stopped_since is not None if seat.ended_for else seat.process.exit_code in _INNOCENT_EXITS
+        if from_outside and sample is None and job.lease is not None and not seat.broken:
+            job.unstarted += 1  # while idle, or before the batch: only a series of them speaks against it
+            if job.unstarted < _UNSTARTED_TRIES:
                 return False
-            text = f"{job.name} took too long in a worker, twice"
-            advice = "Raise timeout=, or make the source and transform give up by themselves."
-            job.fail(BatchTimeout(f"{text}: {'; '.join(job.crashes)}. {advice}"))
-            return True
-        if sample is None and job.lease is not None:
-            return False  # it died while idle or before the batch: nothing speaks against the batch
-        job.crashes.append(f"process {seat.process.pid} ended with {ended}, {at}")
-        if len(job.crashes) - job.timeouts < 2:
+        elif seat.ended_for:
+            job.timeouts += 1
+        else:
+            job.crashes += 1
+        if max(job.timeouts, job.crashes) < 2 and job.unstarted < _UNSTARTED_TRIES:
             return False
+        faults = f"{'twice' if len(job.faults) == 2 else f'{len(job.faults)} times'}: {'; '.join(job.faults)}."
+        if seat.ended_for:
+            advice = (
+                "Raise timeout= (a worker's first batch includes importing what the dataset needs), or make the source "
+                "and transform give up by themselves."
+            )
+            job.fail(BatchTimeout(f"{job.name} took too long in a worker, {faults} {advice}"))
+            return True
         advice = (
             "Load that sample with workers=0 under a debugger; SIGKILL often means that memory ran out (dmesg), "
             "SIGSEGV a fault in compiled code, whose traceback is on stderr above."
         )
-        job.fail(WorkerCrashed(f"{job.name} ended its worker twice: {'; '.join(job.crashes)}. {advice}"))
+        job.fail(WorkerCrashed(f"{job.name} ended its worker {faults} {advice}"))
         return True
 
     def _give_up(self, text: str) -> None:
@@ -362,11 +513,9 @@ class Dispatcher:
     def _warn_no_memory(self, reason: str) -> None:
         if not self._warned:
             self._warned = True
-            warnings.warn(
+            self._warning = (
                 f"keras_mp: no shared memory for a batch ({reason}); sending batches through the socket, which is "
-                "slower. Free memory or file descriptors, or lower batch_size or max_queue_size.",
-                RuntimeWarning,
-                stacklevel=2,
+                "slower. Free memory or file descriptors, or lower batch_size or max_queue_size."
             )
 
     # -- ends ----------------------------------------------------------------------------------------------------
@@ -387,14 +536,17 @@ class Dispatcher:
             self._queue.remove(job)
             job.fail(PoolClosed("the dataset was closed while this batch was waiting for a worker"))
         for seat in self._seats:
+            for _, job in seat.jobs:
+                if job.task is task:  # its worker may finish it, for nobody
+                    job.fail(PoolClosed(f"the dataset was closed while {job.name} was being loaded"))
             seat.slots = {key for key in seat.slots if key[0] != task.number}
             if seat.versions.pop(task.number, None) is not None:
-                seat.forget_tasks.append(task.number)
+                self._tell(seat, Forget(task.number))
 
     def _end_all(self, failure: BaseException | None) -> None:
         reason = "the pool was closed" if failure is None else f"the pool's dispatcher failed: {failure!r}"
+        self._selector.close()
         for seat in self._seats:
-            self._selector.unregister(seat.process.sock)
             seat.process.hang_up()
             if seat.jobs or not seat.process.ready:
                 seat.process.kill()  # nobody wants its batch any more
@@ -406,8 +558,9 @@ class Dispatcher:
         self._seats, self._queue = [], collections.deque()
         for job in jobs:
             job.fail(PoolClosed(f"{reason} while {job.name} was being loaded"))
+        tasks.update(task for task in self.notes if task is not None)
         for task in tasks:
             task.close()
-        self._selector.close()
+        self.notes.clear()
         self._wake_read.close()
         self._wake_write.close()

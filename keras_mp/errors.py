@@ -91,7 +91,11 @@ class SampleFailure:
     def of(cls, error: BaseException, **where: Any) -> SampleFailure:
         """Records `error`; `where` gives the remaining fields."""
         text = "".join(traceback.format_exception(error))
-        return cls(type=type(error).__qualname__, message=str(error), traceback=text, **where)
+        try:
+            message = "".join([str(error)])  # a plain str, whatever `__str__` returned: it travels by pickle
+        except Exception as failed:
+            message = f"<its __str__ raised {type(failed).__name__}>"
+        return cls(type=type(error).__qualname__, message=message, traceback=text, **where)
 
 
 def sample_error(failure: SampleFailure, cause: BaseException | None, note: str = "") -> SampleError:
@@ -99,12 +103,14 @@ def sample_error(failure: SampleFailure, cause: BaseException | None, note: str 
     text = f"{failure.describe()}{note}\n\nTraceback from {failure.where}:\n{failure.traceback}"
     error: Any = None
     if isinstance(cause, Exception) and not isinstance(cause, KerasMPError | StopIteration | StopAsyncIteration):
-        try:
-            both: Any = type("SampleError", (SampleError, type(cause)), {"__reduce__": _reduce, "__str__": _text})
-            error = both.__new__(both, text)  # not __init__: the original's may want other arguments
-            error.args = (text,)
-        except Exception:  # some types cannot be subclassed, or have a layout of their own
-            error = None
+        for bases in ((SampleError, type(cause)), (type(cause), SampleError)):  # MemoryError must come first
+            try:
+                both: Any = type("SampleError", bases, {"__reduce__": _reduce, "__str__": _text})
+                error = both.__new__(both, text)  # not __init__: the original's may want other arguments
+                error.args = (text,)
+                break
+            except Exception:  # some types cannot be subclassed, or have a layout of their own
+                error = None
     if error is None:
         error = SampleError(text)
     error.failure = failure

@@ -23,7 +23,7 @@ class FailureLog:
         self._limit = limit
         self._epoch_samples = epoch_samples
         self._kept: collections.deque[SampleFailure] = collections.deque(maxlen=_KEPT)
-        self._counts: dict[int, int] = {}
+        self._seen: dict[int, set[tuple[int, int | None]]] = {}  # by epoch: a batch may be loaded more than once
         self.total = 0
 
     @property
@@ -42,9 +42,13 @@ class FailureLog:
             TooManyFailures: the epoch has now more than the limit allows.
         """
         for failure in failures:
+            seen = self._seen.setdefault(failure.epoch, set())
+            if (failure.batch, failure.index) in seen:
+                continue
+            seen.add((failure.batch, failure.index))
             self._kept.append(failure)
             self.total += 1
-            count = self._counts[failure.epoch] = self._counts.get(failure.epoch, 0) + 1
+            count = len(seen)
             if self._limit is None:
                 continue
             allowed = self._limit * self._epoch_samples if isinstance(self._limit, float) else self._limit
@@ -57,7 +61,7 @@ class FailureLog:
 
     def tell(self, epoch: int) -> None:
         """Warns the user, once, of what failed in `epoch`, which is over."""
-        count = self._counts.pop(epoch, 0)
+        count = len(self._seen.pop(epoch, ()))
         if not count:
             return
         last = next((f for f in reversed(self._kept) if f.epoch == epoch), None)

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import itertools
 import operator
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import keras
@@ -74,7 +75,7 @@ class LoadedDataset(keras.utils.PyDataset):
         self._processes = use_multiprocessing and self._num_workers > 0 and not by_keras
         self._timeout_s = checks.check_timeout(timeout)
         self._depth = 0 if by_keras or (pool is None and self._num_workers == 0) else max_queue_size
-        self._tracker = EpochTracker(requests_seen=not by_keras)
+        self._tracker = EpochTracker(plan.num_batches, requests_seen=not by_keras)
         self._failures = FailureLog(max_failures, plan.epoch_length // plan.num_shards)
         self._batches_served = 0
         self._wait_s = 0.0
@@ -84,14 +85,15 @@ class LoadedDataset(keras.utils.PyDataset):
     # -- batches -------------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        """Number of batches in an epoch."""
-        return self._plan.num_batches
+        """Number of batches in the current epoch: in a resumed one, those that were left."""
+        return len(self._tracker)
 
     @property
     def num_batches(self) -> int:
         """Number of batches in an epoch. Keras reads it when it starts to iterate."""
         self._tracker.pass_may_start()
-        return self._plan.num_batches
+        # `fit` reads it once for all of its epochs, before it begins the first, and again for each pass.
+        return len(self._tracker) if self._tracker.is_open else self._plan.num_batches
 
     def __getitem__(self, index: int) -> Any:
         """Batch `index` of the current epoch; arrays of shape (samples in the batch, *sample shape).
@@ -104,27 +106,30 @@ class LoadedDataset(keras.utils.PyDataset):
             PoolClosed: the dataset was closed.
         """
         index = operator.index(index)
-        count = self._plan.num_batches
+        count = len(self._tracker)
         if not -count <= index < count:
             raise IndexError(f"batch {index} is out of range: the dataset has {count} batches")
         index %= count
         ahead = self._running().ahead
-        order = self._tracker.asked(index, count)
-        epoch = self._tracker.epoch
-        plan = None if order is None else ((epoch, batch) for batch in order)
-        return self._served(ahead.get, (epoch, index), plan)
+        tracker, epoch = self._tracker, self._tracker.epoch
+        order = tracker.asked(index)
+        plan = None if order is None else ((epoch, tracker.batch(number)) for number in order)
+        return self._served(ahead.get, (epoch, tracker.batch(index)), plan)
 
     def __iter__(self) -> Iterator[Any]:
         """The batches of one epoch, in order; when they have all been taken, the next epoch begins."""
-        epoch, count = self._tracker.epoch, self._plan.num_batches
-        ahead = self._new_read_ahead(iter([(epoch, batch) for batch in range(count)]))
+        epoch, left = self._tracker.epoch, len(self._tracker)
+        ahead = self._new_read_ahead(self._keys(1))
         try:
-            for batch in range(count):
-                yield self._served(ahead.get, (epoch, batch))
+            for batch in self._tracker.iterate():
+                loaded = self._served(ahead.get, (epoch, batch))
+                left -= 1
+                yield loaded
         finally:
             ahead.drop()
-        if self._tracker.epoch == epoch:
-            self.set_epoch(epoch + 1)
+            # Here, not behind the loop: who knows the length does not ask for more than the last batch.
+            if not left and self._tracker.epoch == epoch and not self._closed:
+                self.set_epoch(epoch + 1)
 
     def _served(self, load: Callable[..., Loaded], *arguments: Any) -> Any:
         started = time.perf_counter()
@@ -199,22 +204,33 @@ class LoadedDataset(keras.utils.PyDataset):
 
         return tfdata.export(self, checks.check_count(epochs, "epochs"), prefetch, element_spec)
 
-    def _stream(self, epochs: int) -> Iterator[Any]:
+    def _stream(self, epochs: int) -> Generator[Any]:
         """The batches of the next `epochs` epochs, read ahead across their boundaries too.
 
         They are this stream's from now on: the next stream or pass takes the epoch after them.
         """
-        first, count = self._tracker.epoch, self._plan.num_batches
-        self.set_epoch(first + epochs)
-        ahead = self._new_read_ahead((first + k // count, k % count) for k in range(epochs * count))
+        ahead = self._new_read_ahead(self._keys(epochs))
+        keys = self._keys(epochs)
+        self.set_epoch(self._tracker.epoch + epochs)
         try:
-            for k in range(epochs * count):
-                yield self._served(ahead.get, (first + k // count, k % count))
+            for key in keys:
+                yield self._served(ahead.get, key)
         finally:
             ahead.drop()
 
+    def _keys(self, epochs: int) -> Iterator[tuple[int, int]]:
+        """(epoch, batch) of every batch in what is left of this epoch and the `epochs - 1` after it."""
+        epoch, batches = self._tracker.epoch, self._tracker.batches()
+        later = itertools.product(range(epoch + 1, epoch + epochs), range(self._plan.num_batches))
+        return itertools.chain(((epoch, batch) for batch in batches), later)
+
     def _new_read_ahead(self, plan: Iterator[tuple[int, int]]) -> ReadAhead:
-        return ReadAhead(self._running().engine, self._request, self._depth, plan)
+        return self._read_ahead_on(self._running().engine, plan)
+
+    def _read_ahead_on(self, engine: Engine, plan: Iterator[tuple[int, int]]) -> ReadAhead:
+        # Refilled in bursts, workers are woken for several small batches at once; but none may find the queue empty.
+        burst = max(1, min(self._depth // 2, self._depth - 2 * self._num_workers))
+        return ReadAhead(engine, self._request, self._depth, plan, burst)
 
     def _peek(self) -> Any:
         """The first batch of the current epoch, without a trace in the record of what Keras has asked for."""
@@ -287,7 +303,7 @@ class LoadedDataset(keras.utils.PyDataset):
         else:
             pool = self._pool if isinstance(self._pool, WorkerPool) else shared_pool(self._num_workers)
             engine = pool.client(self._loader, self._timeout_s)
-        return _Runtime(engine, ReadAhead(engine, self._request, self._depth), pool)
+        return _Runtime(engine, self._read_ahead_on(engine, iter(())), pool)
 
     def _workers_text(self) -> str:
         if isinstance(self._pool, str):

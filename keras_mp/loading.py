@@ -164,8 +164,9 @@ class SampleLoader:
             if seed is not None and key is not None:
                 seed(key)
             batch = rows.finish(count)
-            stage = "batch_transform"
             if self.batch_transform is not None:
+                checked_batch(batch, stage)
+                stage = "batch_transform"
                 batch = (
                     self.batch_transform(batch, rng=key.generator())
                     if self._batch_rng and key

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import operator
 import os
 import threading
 import weakref
@@ -20,7 +21,7 @@ from keras_mp.task import Job, Task
 _MAX_WORKERS = 4096
 
 
-def usable_dispatchers() -> int:
+def usable_cores() -> int:
     """Cores this process may use: its affinity, and its cgroup's CPU quota rounded up."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):
@@ -38,9 +39,10 @@ def check_workers(workers: int | None) -> int:
         ValueError, TypeError: it is not None or a whole number from 0 to 4096.
     """
     if workers is None:
-        return usable_dispatchers()
-    if isinstance(workers, bool) or not isinstance(workers, int):
+        return usable_cores()
+    if isinstance(workers, bool) or not hasattr(workers, "__index__"):
         raise TypeError(f"workers must be an int or None, got {workers!r}")
+    workers = operator.index(workers)
     if not 0 <= workers <= _MAX_WORKERS:
         raise ValueError(f"workers must be between 0 and {_MAX_WORKERS}, got {workers}; None takes the usable cores")
     return workers
@@ -70,7 +72,9 @@ class WorkerPool:
             )
         if isinstance(worker_threads, bool) or not isinstance(worker_threads, int) or worker_threads < 1:
             raise ValueError(f"worker_threads must be an int >= 1, got {worker_threads!r}")
-        if env is not None and not all(isinstance(k, str) and isinstance(v, str) for k, v in env.items()):
+        if env is not None and not (
+            isinstance(env, Mapping) and all(isinstance(k, str) and isinstance(v, str) for k, v in env.items())
+        ):
             raise TypeError(f"env must map str to str, got {env!r}")
         self.workers = count
         self._dispatcher = Dispatcher(count, env, worker_threads)
@@ -145,6 +149,8 @@ class PoolClient:
 def _close_later(dispatcher: Dispatcher, task: Task) -> None:
     dispatcher.notes.append(task)
     dispatcher.wake()
+    if dispatcher.closed:  # nobody reads notes any more
+        task.close()
 
 
 _dispatchers: weakref.WeakSet[Dispatcher] = weakref.WeakSet()
@@ -167,13 +173,31 @@ def _close_all() -> None:
         dispatcher.close()
 
 
+_fork_lock = threading.Lock()
+_forking: list[Dispatcher] = []
+
+
+def _before_fork() -> None:
+    _fork_lock.acquire()
+    _forking[:] = _dispatchers
+    for dispatcher in _forking:
+        dispatcher.before_fork()
+
+
+def _after_fork_in_parent() -> None:
+    while _forking:
+        _forking.pop().after_fork_in_parent()
+    _fork_lock.release()
+
+
 def _after_fork_in_child() -> None:
     global _shared_lock
     _shared_lock = threading.Lock()
-    for dispatcher in list(_dispatchers):
-        dispatcher.after_fork_in_child()
+    while _forking:
+        _forking.pop().after_fork_in_child()
+    _fork_lock.release()
 
 
 atexit.register(_close_all)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -4,9 +4,9 @@ Each sample has a key, `numpy.random.SeedSequence([seed, epoch, sample])`. A fun
 a Generator made from it; the global `random` and `numpy.random` are seeded from it as well, for code that draws there.
 
 NOTE (threads and global state): the global generators are one per process, so two threads cannot each have their own
-seeding of them. With threads a batch therefore first runs without seeding, in company. If the global state has moved by
-its end, somebody drew from it: the batch is run again alone, with seeding, and so are this loader's batches from then
-on. Code that draws only from `rng`, or not at all, never waits.
+seeding of them. With threads a loader's first batch therefore runs alone, seeded, and if it draws from the global state
+so do all its batches. If not, they run in company, without seeding; should the state have moved by the end of one, it
+is run again, alone. Code that draws only from `rng`, or not at all, waits for nobody but the first batch.
 """
 
 from __future__ import annotations
@@ -115,11 +115,11 @@ class ThreadIsolation:
     """Runs a loader's batches on threads so that each sees the global random state it would see alone."""
 
     def __init__(self) -> None:
-        self._draws = False  # whether this loader's code is known to draw from the global state
+        self._draws: bool | None = None  # whether this loader's code draws from the global state; None: not known yet
 
     def run(self, load: Callable[[Seeder | None], Any]) -> Any:
-        """Calls `load(seeder)`: without seeding and, if the global state has moved by then, again, alone and seeded."""
-        if not self._draws:
+        """Calls `load(seeder)`, alone and seeded if it draws from the global state; else with None, in company."""
+        if self._draws is False:
             with _company.together():
                 before = _global_state()
                 try:

@@ -24,14 +24,21 @@ class ReadAhead:
         request: makes the request for (epoch, batch).
         depth: batches in flight at most, finished ones included; 0 asks for none ahead.
         plan: the keys that will be asked for, in order.
+        burst: how many are requested at once.
     """
 
     def __init__(
-        self, engine: Engine, request: Callable[[int, int], Request], depth: int, plan: Iterator[Key] | None = None
+        self,
+        engine: Engine,
+        request: Callable[[int, int], Request],
+        depth: int,
+        plan: Iterator[Key] | None = None,
+        burst: int = 1,
     ) -> None:
         self._engine = engine
         self._request = request
         self._depth = depth
+        self._burst = burst
         self._plan = iter(()) if plan is None else plan
         self._handles: dict[Key, Any] = {}
         self._aside: dict[Key, Any] = {}  # requested along the last plan; may yet be asked for
@@ -48,6 +55,8 @@ class ReadAhead:
             if plan is not None:
                 self._cancel(self._aside)
                 self._aside, self._handles, self._plan = self._handles, {}, plan
+            elif key not in self._handles:
+                self._fill()  # it may be the first of the plan
             handle = self._handles.pop(key, None) or self._aside.pop(key, None)
             if handle is None:
                 handle = self._engine.submit(self._request(*key))
@@ -60,6 +69,8 @@ class ReadAhead:
             self._fill()
 
     def _fill(self) -> None:
+        if len(self._handles) > self._depth - self._burst:
+            return
         while len(self._handles) < self._depth:
             key = next(self._plan, None)
             if key is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import signal
 import socket
@@ -32,7 +34,7 @@ def worker_environment(extra: Mapping[str, str] | None, threads: int) -> dict[st
     It must be complete before the process starts: BLAS and OpenMP read theirs when they are loaded.
     """
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    path = os.environ.get("PYTHONPATH")
+    path = (extra or os.environ).get("PYTHONPATH", os.environ.get("PYTHONPATH"))
     return {
         **os.environ,
         **dict.fromkeys(_THREAD_VARIABLES, str(threads)),
@@ -46,18 +48,22 @@ class Process:
     """One worker process: its socket, its lifeline, and until it is ready its captured stderr."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
+        python_path = environment["PYTHONPATH"].partition(os.pathsep)[2] or None  # without this package's own place
+        extra_path = [] if python_path is None else python_path.split(os.pathsep)
+        hello = Hello([*(p for p in extra_path if p not in sys.path), *sys.path], python_path)
         self.ready = False
-        self._stderr_file = create_memory_file()
-        mine, theirs = socket.socketpair()
-        lifeline_read, self._lifeline = os.pipe()
-        try:
-            stderr = os.dup(2)
-        except OSError:  # the parent closed its stderr
-            stderr = os.open(os.devnull, os.O_WRONLY)
-        self.sock = mine
         self.started = time.monotonic()
-        inherited = (theirs.fileno(), lifeline_read, stderr)
-        try:
+        self._stderr_file = self._lifeline = -1
+        with contextlib.ExitStack() as undo, contextlib.ExitStack() as given:
+            self.sock, theirs = socket.socketpair()
+            undo.callback(self.abandon)
+            given.callback(theirs.close)
+            self._stderr_file = create_memory_file()
+            lifeline, self._lifeline = os.pipe()
+            given.callback(os.close, lifeline)
+            stderr = _duplicate_stderr()
+            given.callback(os.close, stderr)
+            inherited = (theirs.fileno(), lifeline, stderr)
             # exec, not fork: a copy of a process whose TensorFlow threads hold locks may never get them.
             self._popen = subprocess.Popen(
                 [sys.executable, "-P", "-m", "keras_mp.worker", *map(str, inherited)],
@@ -66,18 +72,12 @@ class Process:
                 stderr=self._stderr_file,
                 env=dict(environment),
             )
-        except BaseException:
-            os.close(self._stderr_file)
-            os.close(self._lifeline)
-            mine.close()
-            raise
-        finally:
-            theirs.close()
-            os.close(lifeline_read)
-            os.close(stderr)
-        self.pid = self._popen.pid
-        wire.send(mine, Hello(path=[*sys.path], python_path=os.environ.get("PYTHONPATH")))
-        mine.setblocking(False)
+            undo.callback(self.reap)
+            self.pid = self._popen.pid
+            with contextlib.suppress(OSError):  # it is dead already, and the end of its socket will tell
+                wire.send(self.sock, hello)
+            self.sock.setblocking(False)
+            undo.pop_all()
 
     def hello(self) -> None:
         """The worker has answered: from now on its stderr is ours."""
@@ -101,6 +101,14 @@ class Process:
         except ChildProcessError:
             return False
         return status is not None and status.si_code == os.CLD_STOPPED
+
+    def has_ended(self, grace_s: float = 0.0) -> bool:
+        """Whether the process ends within `grace_s`. Its socket may stay open without it, or close while it lives."""
+        try:
+            self._popen.wait(timeout=grace_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
     def kill(self) -> None:
         """SIGKILL; the socket's end is what tells the pool."""
@@ -137,6 +145,15 @@ class Process:
         if self._stderr_file >= 0:
             os.close(self._stderr_file)
             self._stderr_file = -1
+
+
+def _duplicate_stderr() -> int:
+    try:
+        return os.dup(2)
+    except OSError as error:
+        if error.errno != errno.EBADF:
+            raise
+        return os.open(os.devnull, os.O_WRONLY)  # the parent closed its stderr
 
 
 def describe_exit(code: int) -> str:

@@ -6,6 +6,9 @@ import dataclasses
 import itertools
 import pickle
 import threading
+import time
+from collections.abc import Callable
+from typing import Any
 
 from keras_mp import wire
 from keras_mp.arena import Arena, Lease, Segment
@@ -33,10 +36,13 @@ class Task:
         self.timeout_s = timeout_s
         self.arena = Arena()
         self.closed = False
+        self.closed_at = 0.0
         self.mean_load_s = _SHORT_LOAD_S
+        self._lock = threading.Lock()
         self._large: Segment | None = None
         self._small: Segment | None = None
         self._message: Load | None = None
+        self._retired: list[Segment] = []
         self.update(loader)
 
     def update(self, loader: Loader) -> None:
@@ -57,29 +63,46 @@ class Task:
         small = [pickle.PickleBuffer(body)] + [buffer for buffer, big in zip(buffers, is_large, strict=True) if not big]
         small_places, small_size = wire.place_buffers(small)
         large_places, large_size = wire.place_buffers(large)
-        if self._large is None or not self._large.holds(large, large_places, large_size):
-            if self._large is not None:
-                self._large.close()
-            self._large = Segment(large, large_places, large_size)
-        if self._small is not None:
-            self._small.close()
-        self._small = Segment(small, small_places, small_size)
-        self.version += 1
-        self._message = Load(
-            task=self.number,
-            version=self.version,
-            pickle=small_places[0],
-            small=small_places[1:],
-            large=large_places,
-            order=is_large,
-            sizes=(small_size, large_size),
-        )
+        before, segment = self._large, None
+        try:
+            if before is None or not before.holds(large, large_places, large_size):
+                segment = Segment(large, large_places, large_size)
+            small_segment = Segment(small, small_places, small_size)
+        except OSError as error:
+            if segment is not None:
+                segment.close()
+            raise KerasMPError(
+                f"no shared memory for the dataset's source, {small_size + large_size} bytes: {error}. Free memory or "
+                "file descriptors (ulimit -n), or pass what is read from disk sample by sample: paths, or a np.memmap."
+            ) from error
+        with self._lock:  # the dispatcher may be handing out the version before this one
+            self._retired += [old for old in (self._small, before if segment else None) if old is not None]
+            self._small, self._large = small_segment, segment or before
+            self.version += 1
+            self._message = Load(
+                task=self.number,
+                version=self.version,
+                pickle=small_places[0],
+                small=small_places[1:],
+                large=large_places,
+                order=is_large,
+                sizes=(small_size, large_size),
+            )
+            if self.closed:
+                self._close_segments()
 
     def load_message(self) -> tuple[Load, list[int]]:
-        """The message that gives a worker this task, and the descriptors that go with it."""
-        if self._message is None or self._small is None or self._large is None:
-            raise PoolClosed("the dataset has been closed")
-        return self._message, [self._small.fd, self._large.fd]
+        """The message that gives a worker this task, and the descriptors that go with it, valid until the next call.
+
+        Raises:
+            PoolClosed: the task has been closed.
+        """
+        with self._lock:
+            while self._retired:
+                self._retired.pop().close()
+            if self._message is None or self._small is None or self._large is None:
+                raise PoolClosed("the dataset has been closed")
+            return self._message, [self._small.fd, self._large.fd]
 
     @property
     def depth(self) -> int:
@@ -92,12 +115,18 @@ class Task:
 
     def close(self) -> None:
         """Gives up segments and slots; batches that the consumer holds stay valid."""
-        self.closed = True
-        self.arena.close()
-        for segment in (self._small, self._large):
+        with self._lock:
+            if not self.closed:
+                self.closed, self.closed_at = True, time.monotonic()
+            self.arena.close()
+            self._close_segments()
+
+    def _close_segments(self) -> None:
+        for segment in (self._small, self._large, *self._retired):
             if segment is not None:
                 segment.close()
         self._small = self._large = self._message = None
+        self._retired.clear()
 
 
 class Job:
@@ -108,8 +137,12 @@ class Job:
         self.request = request
         self.lease: Lease | None = None
         self.cancelled = False
-        self.crashes: list[str] = []
+        self.by_socket = False  # as the slot that it was built in could not be mapped
+        self.done = False
+        self.faults: list[str] = []  # what became of the workers that had it
+        self.crashes = 0
         self.timeouts = 0
+        self.unstarted = 0  # workers that ended with no sign that this batch was the cause
         self._latch = threading.Lock()
         self._latch.acquire()
         self._reply: Done | Failed | None = None
@@ -117,14 +150,18 @@ class Job:
 
     def finish(self, reply: Done | Failed) -> None:
         """The worker has answered."""
-        self._reply = reply
-        self._latch.release()
+        if not self.done:
+            self.done = True
+            self._reply = reply
+            self._latch.release()
 
     def fail(self, error: BaseException) -> None:
-        """There will be no answer."""
-        self._error = error
-        self.lease = None
-        self._latch.release()
+        """There will be no answer. The slot goes back, so no worker may be writing to it unless its task is closed."""
+        if not self.done:
+            self.done = True
+            self._error = error
+            self.lease = None
+            self._latch.release()
 
     def wait(self, timeout_s: float) -> bool:
         """Waits for the answer; whether it is there."""
@@ -140,8 +177,12 @@ class Job:
             SampleError: user code failed.
             WorkerCrashed, BatchTimeout, PoolClosed: as the pool found.
         """
-        if self._error is not None:
-            raise self._error
+        error, self._error = self._error, None
+        if error is not None:
+            try:
+                raise error
+            finally:
+                del error  # its traceback holds this frame: a cycle would keep the pool alive until it is collected
         reply, lease = self._reply, self.lease
         self._reply = self.lease = None
         if isinstance(reply, Failed):
@@ -154,13 +195,22 @@ class Job:
             header = reply.header
             if not isinstance(header, bytes):
                 raise KerasMPError("a batch came with its buffers in the message but its header elsewhere")
-            return Loaded(pickle.loads(header, buffers=own), reply.failures)
+            return Loaded(self._unpickle(pickle.loads, header, buffers=own), reply.failures)
         places = [place for place in reply.buffers if isinstance(place, tuple)]
         if lease is None:
             if not isinstance(reply.header, bytes):
                 raise KerasMPError("a batch came without the slot that holds it")
-            return Loaded(pickle.loads(reply.header), reply.failures)
-        return Loaded(lease.decode(reply.header, places), reply.failures)
+            return Loaded(self._unpickle(pickle.loads, reply.header), reply.failures)
+        return Loaded(self._unpickle(lease.decode, reply.header, places), reply.failures)
+
+    def _unpickle(self, load: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        try:
+            return load(*arguments, **options)
+        except Exception as error:
+            raise KerasMPError(
+                f"{self.name} came from its worker, but cannot be unpickled here: {type(error).__name__}: {error}. "
+                "Return arrays, or objects of classes that this process can import too."
+            ) from error
 
     def sample_in_progress(self) -> int | None:
         """Source index of the sample that the worker was at, or None if it had not started on this batch."""
@@ -183,9 +233,10 @@ def error_of(reply: Failed) -> BaseException:
             cause = None
     if reply.failure.stage != "worker":
         return sample_error(reply.failure, cause, reply.note)
+    which = "" if reply.failure.batch < 0 else f" for batch {reply.failure.batch} of epoch {reply.failure.epoch}"
     error = KerasMPError(
-        f"{reply.failure.where} could not run the dataset's code: {reply.failure.type}: {reply.failure.message}\n\n"
-        f"Traceback from the worker:\n{reply.failure.traceback}"
+        f"{reply.failure.where} could not run the dataset's code{which}: {reply.failure.type}: "
+        f"{reply.failure.message}\n\nTraceback from the worker:\n{reply.failure.traceback}"
     )
     error.__cause__ = cause
     return error

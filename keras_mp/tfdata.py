@@ -8,11 +8,12 @@ nothing here needs TensorFlow's own parallel map.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from keras_mp.checks import check_count
 from keras_mp.errors import KerasMPError
 
 try:
@@ -76,34 +77,39 @@ class _Spec:
 
 def export(dataset: LoadedDataset, epochs: int, prefetch: int | None, element_spec: Any) -> tf.data.Dataset:
     """See `PoolDataset.to_tf_dataset`."""
+    if prefetch is not None and prefetch != tf.data.AUTOTUNE:
+        prefetch = check_count(prefetch, "prefetch", 0)
     spec = _Spec(_tuples(element_spec) if element_spec is not None else _spec_of(dataset))
-    total = epochs * len(dataset)
-    streams: dict[int, Iterator[Any]] = {}
+    resumed = len(dataset) != dataset._plan.num_batches
+    total = epochs * dataset._plan.num_batches
+    streams: dict[int, Generator[Any]] = {}
     numbers = itertools.count()
 
-    def opened() -> Iterator[int]:
-        """Yields the number of a new stream once; TensorFlow drops this generator when its iterator is gone."""
+    def opened() -> Iterator[tuple[int, int]]:
+        """Yields a new stream's number and length, once; TensorFlow drops this generator when its iterator is gone."""
         number = next(numbers)
-        stream = dataset._stream(epochs)
-        streams[number] = stream
+        count = total - dataset._plan.num_batches + len(dataset)
+        stream = streams[number] = dataset._stream(epochs)
         try:
-            yield number
+            yield number, count
         finally:
             del streams[number]
-            stream.close()  # type: ignore[attr-defined]  # it is a generator
+            stream.close()
 
     def take(number: np.int64) -> list[np.ndarray[Any, Any]]:
         return spec.convert(next(streams[int(number)]))
 
-    def batches(number: tf.Tensor) -> tf.data.Dataset:
+    def batches(number: tf.Tensor, count: tf.Tensor) -> tf.data.Dataset:
         def batch(_: tf.Tensor) -> Any:
             return spec.pack(tf.numpy_function(take, [number], [leaf.dtype for _, leaf in spec.leaves]))
 
-        return tf.data.Dataset.range(total).map(batch)
+        return tf.data.Dataset.range(count).map(batch)
 
-    streamed = tf.data.Dataset.from_generator(opened, output_signature=tf.TensorSpec((), tf.int64)).flat_map(batches)
-    counted = streamed.apply(tf.data.experimental.assert_cardinality(total))
-    return counted.prefetch(tf.data.AUTOTUNE if prefetch is None else prefetch)
+    scalar = tf.TensorSpec((), tf.int64)
+    streamed = tf.data.Dataset.from_generator(opened, output_signature=(scalar, scalar)).flat_map(batches)
+    if not resumed:  # else the first iteration is shorter than those after it
+        streamed = streamed.apply(tf.data.experimental.assert_cardinality(total))
+    return streamed.prefetch(tf.data.AUTOTUNE if prefetch is None else prefetch)
 
 
 def _spec_of(dataset: LoadedDataset) -> Any:

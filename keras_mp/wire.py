@@ -9,6 +9,7 @@ notebook work. `numpy.memmap` is sent as the place in its file, never as its byt
 
 from __future__ import annotations
 
+import array
 import io
 import math
 import os
@@ -29,6 +30,7 @@ ALIGNMENT = 64  # TensorFlow aliases host memory only at multiples of EIGEN_MAX_
 _LENGTH = struct.Struct("<Q")
 _MAX_FDS = 4
 _RECV_BYTES = 1 << 16
+_NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # for programs that let SIGPIPE end them
 
 Buffers = list[pickle.PickleBuffer]
 
@@ -156,11 +158,12 @@ def place_buffers(buffers: Sequence[pickle.PickleBuffer], start: int = 0) -> tup
 def send(sock: socket.socket, message: Any, fds: Sequence[int] = ()) -> None:
     """Sends one frame; `fds` travel with its length prefix."""
     body = pickle.dumps(message, protocol=5)
+    prefix = _LENGTH.pack(len(body))
     if fds:
-        socket.send_fds(sock, [_LENGTH.pack(len(body))], list(fds))
-        sock.sendall(body)
+        sock.sendmsg([prefix], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))], _NO_SIGNAL)
+        sock.sendall(body, _NO_SIGNAL)
     else:
-        sock.sendall(_LENGTH.pack(len(body)) + body)
+        sock.sendall(prefix + body, _NO_SIGNAL)
 
 
 def receive(sock: socket.socket) -> tuple[Any, list[int]] | None:

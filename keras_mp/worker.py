@@ -35,6 +35,10 @@ from keras_mp.randomness import seed_global_state
 # costs it nothing until the batch is wanted.
 _INLINE_BYTES = 1 << 15
 
+_MAX_SAID_BYTES = 1 << 16
+
+EXIT_NO_DESCRIPTOR = os.EX_TEMPFAIL
+
 
 @dataclasses.dataclass(frozen=True)
 class Hello:
@@ -74,8 +78,14 @@ class Run:
     slot: int
     slot_size: int | None
     request: Request | int
-    forget_tasks: tuple[int, ...] = ()
-    forget_slots: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Forget:
+    """What will not be used any more: a whole task, or (with numbers) slots of it."""
+
+    task: int
+    slots: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +132,7 @@ class Worker:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._loaders: dict[int, Loader | Exception] = {}
+        self._loaders: dict[int, Loader | BaseException] = {}
         self._slots: dict[tuple[int, int], SlotMemory] = {}
 
     def serve(self) -> None:
@@ -130,46 +140,69 @@ class Worker:
         while (frame := wire.receive(self._sock)) is not None:
             message, fds = frame
             if isinstance(message, Load):
+                _check_received(len(fds) == len(message.sizes))
                 self._loaders[message.task] = _unpack(message, fds)
-            else:
+            elif isinstance(message, Forget):
                 self._forget(message)
+            else:
                 if fds:
                     self._slots[message.task, message.slot] = SlotMemory(fds[0])
-                wire.send(self._sock, self._run(message))
+                _check_received(message.slot_size is None or (message.task, message.slot) in self._slots)
+                reply = self._run(message)
+                try:
+                    wire.send(self._sock, reply)
+                except MemoryError as error:  # nothing is on its way yet: a frame is built before it is sent
+                    wire.send(self._sock, failed_reply(message.job, error))
 
-    def _forget(self, message: Run) -> None:
-        for task in message.forget_tasks:
-            self._loaders.pop(task, None)
-        gone = [key for key in self._slots if key[0] in message.forget_tasks]
-        for key in gone + [(message.task, number) for number in message.forget_slots]:
-            slot = self._slots.pop(key, None)
-            if slot is not None:
-                slot.close()
+    def _forget(self, message: Forget) -> None:
+        if message.slots is None:
+            self._loaders.pop(message.task, None)
+        gone = [k for k in self._slots if k[0] == message.task and (message.slots is None or k[1] in message.slots)]
+        for key in gone:
+            self._slots.pop(key).close()
 
     def _run(self, message: Run) -> Done | Failed:
         started = time.perf_counter()
-        slot = None
-        if message.slot_size is not None:
-            slot = self._slots[message.task, message.slot]
-            slot.begin(message.slot_size)
-        memory = _Memory(slot)
+        request = None
         try:
-            request = message.request
-            if isinstance(request, int):
-                if slot is None:
-                    raise RuntimeError("a request in a slot came without the slot")
-                request = pickle.loads(slot.read(request))
+            memory, request = self._begin(message)
             loader = self._loaders[message.task]
-            if isinstance(loader, Exception):
+            if isinstance(loader, BaseException):
                 raise loader
+            note = memory.slot.note_sample if memory.slot else ignore_position
             with allocating(memory.allocate):
-                loaded = loader.load(request, slot.note_sample if slot else ignore_position, seed_global_state)
-            return _encode(message.job, loaded.batch, loaded.failures, memory, started)
+                loaded = loader.load(request, note, seed_global_state)
         except BaseException as error:  # SystemExit and KeyboardInterrupt in user code are failures of user code
-            return failed_reply(message.job, error)
+            return failed_reply(message.job, error, request)
+        try:
+            return _encode(message.job, loaded.batch, loaded.failures, memory, started)
+        except BaseException as error:
+            return failed_reply(message.job, error, request, "result")
+
+    def _begin(self, message: Run) -> tuple[_Memory, Request]:
+        slot = None if message.slot_size is None else self._slots[message.task, message.slot]
+        request = message.request
+        if isinstance(request, int):
+            if slot is None:
+                raise RuntimeError("a request in a slot came without the slot")
+            request = pickle.loads(slot.read(request))
+        memory = _Memory(slot)
+        if slot is not None and message.slot_size is not None:
+            try:
+                slot.begin(message.slot_size)
+            except OSError as error:
+                memory.slot, memory.refused = None, str(error)
+        return memory, request
 
 
-def _unpack(message: Load, fds: list[int]) -> Loader | Exception:
+def _check_received(complete: bool) -> None:
+    """Ends this process where the kernel had no descriptor left to give it: a fresh one will have."""
+    if not complete:
+        sys.stderr.write(f"keras_mp: process {os.getpid()} has no descriptor left; does the code leave files open?\n")
+        sys.exit(EXIT_NO_DESCRIPTOR)
+
+
+def _unpack(message: Load, fds: list[int]) -> Loader | BaseException:
     """The loader, its large arrays standing on shared read-only memory; or why it cannot be had, kept for requests."""
     try:
         small, large = (map_segment(fd, size) if size else None for fd, size in zip(fds, message.sizes, strict=True))
@@ -184,7 +217,7 @@ def _unpack(message: Load, fds: list[int]) -> Loader | Exception:
         offset, size = message.pickle
         loader: Loader = pickle.loads(small[offset : offset + size].data, buffers=buffers)
         return loader
-    except Exception as error:
+    except BaseException as error:  # SystemExit too: it would end one worker after the other
         error.add_note("While unpickling the dataset's source and functions in the worker process.")
         return error
     finally:
@@ -208,14 +241,16 @@ def _encode(job: int, batch: Any, failures: tuple[SampleFailure, ...], memory: _
     return Done(job, header, payload, size, failures, time.perf_counter() - started, memory.refused or "no slot")
 
 
-def failed_reply(job: int, error: BaseException) -> Failed:
+def failed_reply(job: int, error: BaseException, request: Request | None = None, stage: str = "worker") -> Failed:
     """The reply that says `error`, in a form that survives pickling."""
     if isinstance(error, SampleError):
         return Failed(job, error.failure, error.note, _dump_exception(error.__cause__))
+    epoch, batch = (-1, -1) if request is None else (request.epoch, request.batch)
     failure = SampleFailure.of(
-        error, stage="worker", index=None, item="", epoch=-1, batch=-1, where=f"process {os.getpid()}"
+        error, stage=stage, index=None, item="", epoch=epoch, batch=batch, where=f"process {os.getpid()}"
     )
-    return Failed(job, failure, "", _dump_exception(error))
+    note = " (a batch crosses to the training process by pickle)" if stage == "result" else ""
+    return Failed(job, failure, note, _dump_exception(error))
 
 
 def _dump_exception(error: BaseException | None) -> bytes | None:
@@ -272,8 +307,11 @@ def main(arguments: list[str]) -> None:
         os.environ["PYTHONPATH"] = hello.python_path
     for fd in (sock_fd, lifeline):
         os.set_inheritable(fd, False)
+    said = os.pread(2, _MAX_SAID_BYTES, 0)
     os.dup2(stderr, 2)
     os.close(stderr)
+    if said:  # by a sitecustomize, or the interpreter
+        os.write(2, said)
     faulthandler.enable()
     wire.send(sock, os.getpid())
     try:

@@ -1,0 +1,113 @@
+"""Trains in many ways and prints, as JSON, which samples the model consumed at every step.
+
+The model has one weight a sample and a loss whose gradient is 1 for each sample in the batch, so the change of the
+weights over a step is the batch's census: what was really trained on, on any backend, and not what was requested.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+os.environ["KERAS_BACKEND"] = sys.argv[1]
+
+import keras
+import numpy as np
+
+import keras_mp
+
+SAMPLES, BATCH = 22, 4
+
+
+def one_hot(sample: int) -> tuple[Any, Any]:
+    return np.eye(SAMPLES, dtype="float32")[sample], np.float32(0)
+
+
+class SumOfOutputs(keras.losses.Loss):
+    def __init__(self) -> None:
+        super().__init__(reduction="sum")
+
+    def call(self, y_true: Any, y_pred: Any) -> Any:
+        return y_pred[:, 0]
+
+
+class Census(keras.callbacks.Callback):
+    def __init__(self) -> None:
+        super().__init__()
+        self.epochs: list[list[list[int]]] = []
+        self._before = np.zeros(SAMPLES)
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        self.epochs = []
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self.epochs.append([])
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        now = self.model.get_weights()[0][:, 0]
+        counts = np.rint(self._before - now).astype(int)
+        self._before = now
+        self.epochs[-1].append(np.repeat(np.arange(SAMPLES), counts).tolist())
+
+
+def dataset(**options: Any) -> keras_mp.PoolDataset:
+    return keras_mp.PoolDataset(range(SAMPLES), one_hot, batch_size=BATCH, seed=7, **{"shuffle": True, **options})
+
+
+def model() -> Any:
+    built = keras.Sequential([keras.layers.Dense(1, use_bias=False, kernel_initializer="zeros")])
+    built.compile(keras.optimizers.SGD(1.0), SumOfOutputs())
+    return built
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "in-process": {"workers": 0},
+    "threads": {"workers": 2, "use_multiprocessing": False},
+    "processes": {"workers": 2},
+    "five": {"workers": 5, "max_queue_size": 3},
+}
+FITS: dict[str, dict[str, Any]] = {
+    "default": {"epochs": 3},
+    "unshuffled": {"epochs": 3, "shuffle": False},
+    "short": {"epochs": 4, "steps_per_epoch": 2},
+    "exact": {"epochs": 2, "steps_per_epoch": 6},
+    "long": {"epochs": 2, "steps_per_epoch": 9},
+    "late": {"epochs": 3, "initial_epoch": 1},
+    "itself": {"epochs": 2},
+    "validated": {"epochs": 2},
+}
+
+
+def run(kind: dict[str, Any], name: str, fits: int = 1) -> dict[str, Any]:
+    record: dict[str, Any] = {"fits": []}
+    with dataset(**kind) as train, dataset(shuffle=False, **kind) as other:
+        trained = model()
+        census = Census()
+        validation = {"itself": train, "validated": other}.get(name)
+        for _ in range(fits):
+            trained.fit(train, verbose=0, callbacks=[census], validation_data=validation, **FITS[name])
+            record["fits"].append(census.epochs)
+        record["epoch"] = train.epoch
+    return record
+
+
+def main() -> None:
+    records = {f"{kind}/{name}": run(options, name) for kind, options in KINDS.items() for name in FITS}
+    records["processes/twice"] = run(KINDS["processes"], "default", fits=2)
+    if keras.backend.backend() == "tensorflow":
+        records["keras/unshuffled"] = run({"workers": 2, "pool": "keras"}, "unshuffled")
+    reference = dataset(workers=0)
+    records["reference"] = {
+        "epochs": [[sorted(np.argmax(x, axis=1).tolist()) for x, _ in reference] for _ in range(6)],
+    }
+    identity = keras.Sequential([keras.layers.Identity()])
+    with dataset(workers=3, shuffle=False) as ordered:
+        rows = identity.predict(ordered, verbose=0)
+    records["predict"] = {"rows": np.argmax(rows, axis=1).tolist()}
+    print(json.dumps(records))
+
+
+if __name__ == "__main__":
+    main()

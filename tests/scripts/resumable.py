@@ -1,0 +1,52 @@
+"""A training script with `BackupAndRestore`, which can kill itself; prints its final weights and the steps it took."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+from typing import Any
+
+import keras
+import numpy as np
+
+import keras_mp
+
+parser = argparse.ArgumentParser()
+parser.add_argument("backup")
+parser.add_argument("--save-freq", default="4")
+parser.add_argument("--kill-at", type=int, default=0)
+parser.add_argument("--shuffle", action="store_true")
+parser.add_argument("--seed", type=int)
+parser.add_argument("--workers", type=int, default=2)
+arguments = parser.parse_args()
+
+DATA = np.random.default_rng(0).normal(size=(100, 3)).astype("float32")
+
+
+def augmented(row: Any, rng: np.random.Generator) -> tuple[Any, Any]:
+    return row + rng.normal(size=3, scale=0.1).astype("float32"), row.sum()
+
+
+class Killer(keras.callbacks.Callback):
+    steps = 0
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self.steps += 1
+        if self.steps == arguments.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+keras.utils.set_random_seed(5)
+train = keras_mp.PoolDataset(
+    DATA, augmented, batch_size=8, shuffle=True, seed=arguments.seed, workers=arguments.workers
+)
+dropout = [] if keras.backend.backend() == "torch" else [keras.layers.Dropout(0.3)]  # torch's own global generator
+model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(8, activation="relu"), *dropout, keras.layers.Dense(1)])
+model.compile(keras.optimizers.Adam(0.01), "mse")
+save_freq = arguments.save_freq if arguments.save_freq == "epoch" else int(arguments.save_freq)
+backup = keras_mp.BackupAndRestore(train, arguments.backup, save_freq)
+killer = Killer()
+model.fit(train, epochs=3, verbose=0, shuffle=arguments.shuffle, callbacks=[backup, killer])
+print(killer.steps, train.epoch, *[value.tobytes().hex() for value in model.get_weights()])
+train.close()

@@ -1,0 +1,137 @@
+"""Going on in the middle of an epoch: states, and `BackupAndRestore` after a real SIGKILL."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import keras_mp
+from tests.support import python_path
+
+_SCRIPT = Path(__file__).parent / "scripts" / "resumable.py"
+
+
+def noisy(sample: int, rng: np.random.Generator) -> tuple[int, float]:
+    return sample, float(rng.random())
+
+
+def dataset(**options: Any) -> keras_mp.PoolDataset:
+    return keras_mp.PoolDataset(
+        range(22), noisy, **{"batch_size": 4, "shuffle": True, "seed": 3, "workers": 0, **options}
+    )
+
+
+def plain(batches: Any) -> list[tuple[Any, ...]]:
+    return [tuple(part.tolist() for part in batch) for batch in batches]
+
+
+@pytest.mark.parametrize("taken", range(7))
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_rest_of_the_epoch_is_bit_identical(taken: int, workers: int) -> None:
+    reference = dataset()
+    epochs = [plain(reference) for _ in range(4)]
+    before = dataset()
+    list(before)
+    state = before.state_dict()
+    for number, _ in enumerate(before):
+        if number + 1 == taken:
+            state = before.state_dict()
+            break
+    with dataset(workers=workers) as after:
+        after.load_state_dict(json.loads(json.dumps(state)))
+        assert after.epoch == (2 if taken == 6 else 1)
+        rest = epochs[2] if taken == 6 else epochs[1][taken:]
+        assert len(after) == len(rest)
+        assert plain(after[index] for index in range(len(after))) == rest
+        assert plain(after) == rest
+        assert plain(after) == epochs[after.epoch - 1]
+
+
+def test_an_export_goes_on_there_too() -> None:
+    reference = dataset()
+    epochs = [plain(reference) for _ in range(2)]
+    state = {**dataset().state_dict(), "remaining": [4, 5]}
+    after = dataset()
+    after.load_state_dict(state)
+    export = after.to_tf_dataset()
+    assert plain((x.numpy(), y.numpy()) for x, y in export) == epochs[0][4:]
+    assert plain((x.numpy(), y.numpy()) for x, y in export) == epochs[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("length", 23), ("seed", 4), ("batch_size", 5), ("version", 99), ("shard", 1), ("shuffle", False)],
+)
+def test_a_state_of_another_dataset_is_refused_by_name(name: str, value: Any) -> None:
+    state = {**dataset().state_dict(), name: value}
+    with pytest.raises(ValueError, match=name):
+        dataset().load_state_dict(state)
+
+
+def test_a_drawn_seed_is_shown_and_taken_over() -> None:
+    first, second = dataset(seed=None), dataset(seed=None)
+    seed = first.state_dict()["seed"]
+    assert f"seed={seed}" in repr(first)
+    second.load_state_dict(first.state_dict())
+    assert plain(second) == plain(first)
+
+
+def train(backup: Path, *arguments: str, backend: str, killed: bool = False) -> str:
+    done = subprocess.run(
+        [sys.executable, _SCRIPT, backup, *arguments],
+        env={**os.environ, "PYTHONPATH": python_path(), "KERAS_BACKEND": backend},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == (-signal.SIGKILL if killed else 0), done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("backend", "options"),
+    [
+        ("tensorflow", ["--shuffle", "--save-freq", "4"]),
+        ("tensorflow", ["--save-freq", "epoch"]),
+        ("jax", ["--shuffle", "--save-freq", "5"]),
+        ("torch", ["--shuffle", "--save-freq", "5"]),
+    ],
+)
+def test_a_killed_fit_ends_with_the_weights_of_one_that_was_not(
+    tmp_path: Path, backend: str, options: list[str]
+) -> None:
+    if importlib.util.find_spec(backend) is None:
+        pytest.skip(f"{backend} is not installed")
+    seed = ["--seed", "7"]
+    whole = train(tmp_path / "whole", *seed, *options, backend=backend).split()
+    backup = tmp_path / "backup"
+    train(backup, *seed, *options, "--kill-at", "18", backend=backend, killed=True)
+    train(backup, *seed, *options, "--kill-at", "5", backend=backend, killed=True)
+    resumed = train(backup, *seed, *options, "--workers", "1", backend=backend).split()
+    assert whole[0] == "39"
+    assert resumed[1:] == whole[1:]
+    assert int(resumed[0]) == {"4": 19, "5": 19, "epoch": 26}[options[-1]]
+    assert not backup.exists()
+
+
+def test_a_backup_cut_off_half_way_is_no_backup(tmp_path: Path) -> None:
+    backup = tmp_path / "backup"
+    options = ["--seed", "7", "--save-freq", "4"]
+    train(backup, *options, "--kill-at", "10", backend="tensorflow", killed=True)
+    (kept,) = backup.iterdir()
+    partial = backup / "backup-00000009.partial"
+    partial.mkdir()
+    (partial / "data.json").write_text("{")
+    assert train(backup, *options, backend="tensorflow").split()[0] == "31"
+    assert kept.name == "backup-00000002"
