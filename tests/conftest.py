@@ -1,0 +1,53 @@
+"""What holds for every test: quiet backends, and nothing left behind (P4)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterator
+from multiprocessing import resource_tracker
+
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+os.environ["TF_ENABLE_ONEDNN_OPTS"] = "0"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from tests import census
+
+# A loaded machine makes single examples slow; no test may depend on the wall clock.
+settings.register_profile("keras_mp", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("keras_mp")
+
+_outcome = pytest.StashKey[bool]()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _standard_library_helper() -> None:
+    """Starts multiprocessing's resource tracker, which a first pool of spawned processes would leave running."""
+    resource_tracker.ensure_running()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if call.when == "call":
+        item.stash[_outcome] = report.passed
+    return report
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails a test that leaves a process, thread, descriptor or shared memory of keras_mp's kinds behind.
+
+    What a fixture of a wider scope has started already does not count. A test that failed anyway is not looked at: its
+    traceback keeps its objects alive.
+    """
+    before = census.take_census()
+    yield
+    if request.node.stash.get(_outcome, False):
+        left = census.wait_until_nothing_is_left(before)
+        assert not left, "left behind:\n" + "\n".join(left)

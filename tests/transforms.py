@@ -1,0 +1,83 @@
+"""Functions for workers to run. NumPy only: a worker that gets one of these imports this module."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+def with_random(value: Any, rng: np.random.Generator) -> dict[str, Any]:
+    """The sample, and draws from all three sources of random numbers."""
+    return {"value": np.asarray(value), "own": rng.random(), "python": random.random(), "legacy": np.random.rand()}
+
+
+def globally_random(value: Any) -> dict[str, Any]:
+    """The sample, and draws from the global generators."""
+    return {"value": np.asarray(value), "python": random.random(), "legacy": np.random.rand(2)}
+
+
+def mixed(batch: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    """The batch with its rows permuted: a `batch_transform`."""
+    order = rng.permutation(len(batch["value"]))
+    return {**{key: part[order] for key, part in batch.items()}, "order": order}
+
+
+def image_and_label(index: Any) -> tuple[np.ndarray[Any, Any], np.int64]:
+    """A small picture of a number, and its parity."""
+    return np.full((4, 4, 1), index, dtype=np.float32), np.int64(index % 2)
+
+
+def process_facts(_: Any) -> dict[str, Any]:
+    """What the worker is: its process, its own memory in kB (PSS), and whether it has loaded keras or tensorflow."""
+    heavy = sorted({"keras", "tensorflow", "jax", "torch"} & set(sys.modules))
+    with open("/proc/self/smaps_rollup") as file:
+        memory = next(int(line.split()[1]) for line in file if line.startswith("Pss:"))
+    return {"pid": os.getpid(), "pss_kb": memory, "heavy": " ".join(heavy)}
+
+
+def fail_on_seven(value: Any) -> Any:
+    """Fails on the sample 7."""
+    if value == 7:
+        raise ValueError("seven is broken")
+    return np.float32(value)
+
+
+class Pair(NamedTuple):
+    """Two parts of a sample."""
+
+    x: Any
+    y: Any
+
+
+def nest(value: Any) -> Any:
+    """A sample of many kinds of leaves and nests."""
+    image = np.full((2, 2), value, np.float32)
+    return (
+        {"image": image, "name": f"tile {value}", "deep": {"a": [np.int8(value), (2.5,)]}},
+        Pair(np.bool_(value % 2), b"\x00raw\x00"),
+        None,
+    )
+
+
+class Augmented:
+    """Draws from all three sources of random numbers; once, on one sample, it kills its process."""
+
+    def __init__(self, flag: Path | None = None) -> None:
+        self.flag = flag
+
+    def __call__(self, sample: int, rng: np.random.Generator) -> Any:
+        if self.flag is not None and sample == 17 and not self.flag.exists():
+            self.flag.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return np.array([sample, rng.random(), random.random(), np.random.rand()])
+
+
+def permuted(batch: Any, rng: np.random.Generator) -> Any:
+    """Permutes the batch's rows and adds global noise: randomness of the batch as a whole."""
+    return batch[rng.permutation(len(batch))] + np.array([0, 0, random.random(), np.random.rand()])
