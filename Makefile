@@ -19,6 +19,8 @@ help:
 	@echo "PYTHON=python3.12 chooses the interpreter, VENV=folder the environment"
 
 $(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + \
+		"; choose one: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed-examples: pyproject.toml | $(BIN)/python

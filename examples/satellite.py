@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -52,10 +52,10 @@ SHEAR = 0.02
 MARGIN = 8  # Pixels around a tile that the turned grid may reach into, so that no output pixel is made up.
 
 LOADERS = {
-    "in-process": "in the training process",
+    "in-process": "in-process",
     "keras": "Keras's own pool",
-    "fit": "keras_mp, fit(dataset)",
-    "tfdata": "keras_mp, fit(dataset.to_tf_dataset())",
+    "fit": "keras_mp, fit",
+    "tfdata": "keras_mp, tf.data",
 }
 ROW_TIMEOUT_S = 150.0
 
@@ -131,10 +131,9 @@ def build_model(size: int) -> keras.Model:
     model = keras.Sequential(
         [
             keras.Input((size, size, 4)),
-            keras.layers.Conv2D(16, 5, strides=4, activation="relu"),
             keras.layers.Conv2D(16, 3, strides=2, activation="relu"),
+            keras.layers.Conv2D(2, 1, activation="sigmoid"),
             keras.layers.GlobalAveragePooling2D(),
-            keras.layers.Dense(2, activation="sigmoid"),
         ]
     )
     model.compile(keras.optimizers.Adam(0.02), loss="mse", metrics=["mae"])
@@ -142,7 +141,7 @@ def build_model(size: int) -> keras.Model:
 
 
 def measure(loader: str, folder: Path, epochs: int, workers: int | None) -> dict[str, Any]:
-    """Train with one loader in this process: seconds of each epoch, tiles that failed, errors of the trained model."""
+    """Train with one loader in this process: seconds of each epoch, tiles that failed, what was learned."""
     import keras
 
     reflectance = read_scene() * REFLECTANCE_PER_COUNT
@@ -152,7 +151,7 @@ def measure(loader: str, folder: Path, epochs: int, workers: int | None) -> dict
         std=reflectance.std(axis=(1, 2)).astype(np.float32),
     )
     processes = 0 if loader == "in-process" else workers
-    pool = "keras" if loader == "keras" else None
+    pool: Literal["keras"] | None = "keras" if loader == "keras" else None
     train_paths, val_paths = sorted((folder / "train").iterdir()), sorted((folder / "val").iterdir())
     targets = np.stack([transform(path)[1] for path in val_paths])
 
@@ -191,12 +190,15 @@ def measure(loader: str, folder: Path, epochs: int, workers: int | None) -> dict
             epochs=epochs,
             callbacks=[clock],
         )
-        error = model.evaluate(val, verbose=0, return_dict=True)["mae"]
+        learned, true = model.predict(val, verbose=0)[:, 0], targets[:, 0]
+        failed = sorted({train_paths[f.index].name for f in train.failures if f.index is not None})
         return {
             "seconds": clock.seconds,
-            "failed": sorted({train_paths[f.index].name for f in train.failures if f.index is not None}),
-            "error": error,
-            "error_of_mean": float(np.abs(targets - targets.mean(axis=0)).mean()),
+            # The workers of Keras's own pool send back batches and nothing else: what failed in them stays there.
+            "failed": None if loader == "keras" else failed,
+            "vegetation": float(true.mean()),
+            "learned": float(learned.mean()),
+            "error": float(np.abs(learned - true).mean()),
         }
 
 
@@ -225,8 +227,8 @@ def print_table(results: dict[str, dict[str, Any] | None], tiles: int, workers: 
     from rich.table import Table
 
     processes = "one worker per usable core" if workers is None else f"{workers} workers"
-    table = Table(title=f"{tiles} tiles an epoch, {processes}")
-    for column in ("loader", "first epoch, s", "later epochs, s", "speed-up", "failed tiles"):
+    table = Table(title=f"Seconds per epoch of {tiles} tiles, {processes}")
+    for column in ("loader", "first epoch", "later epochs", "speed-up", "failed tiles"):
         table.add_column(column, justify="left" if column == "loader" else "right")
     base = results["in-process"]
     for loader, result in results.items():
@@ -235,13 +237,14 @@ def print_table(results: dict[str, dict[str, Any] | None], tiles: int, workers: 
             continue
         first, later = result["seconds"][0], statistics.median(result["seconds"][1:])
         speed_up = f"{statistics.median(base['seconds'][1:]) / later:.2f}x" if base else "-"
-        table.add_row(LOADERS[loader], f"{first:.2f}", f"{later:.2f}", speed_up, str(len(result["failed"])))
+        failed = "not told" if result["failed"] is None else str(len(result["failed"]))
+        table.add_row(LOADERS[loader], f"{first:.2f}", f"{later:.2f}", speed_up, failed)
     Console().print(table)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Train on Sentinel-2 tiles with four data loaders.")
-    parser.add_argument("--tiles", type=int, default=480, help="training tiles")
+    parser.add_argument("--tiles", type=int, default=320, help="training tiles")
     parser.add_argument("--epochs", type=int, default=3, help="epochs of each loader, at least 2")
     parser.add_argument("--size", type=int, default=96, help="width and height of a corrected tile in pixels")
     parser.add_argument("--truncated", type=int, default=5, help="training tiles that are cut short on disk")
@@ -270,7 +273,10 @@ def main() -> int:
     if ours is None or results["fit"] is None:
         return 1
     print(f"Left out and reported: {', '.join(ours['failed'])}")
-    print(f"Mean error of the fractions: {ours['error']:.3f}; of guessing their mean: {ours['error_of_mean']:.3f}")
+    print(
+        f"Vegetation at the eastern edge, where no training tile lies: {ours['vegetation']:.1%}; "
+        f"learned: {ours['learned']:.1%}; mean error of a tile: {ours['error']:.3f}"
+    )
     return 0
 
 
