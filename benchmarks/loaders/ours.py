@@ -1,0 +1,29 @@
+"""keras_mp itself: `fit(dataset)` (or a plain loop over it), and the tf.data export."""
+
+import dataclasses
+from typing import Any
+
+import keras  # noqa: F401 - keras_mp imports it on first use, and the peers' imports are not on the clock either
+
+import keras_mp
+from benchmarks.loaders import Feed
+from benchmarks.work import Fill, Samples, Work
+
+
+def _dataset(work: Work, workers: int) -> Any:
+    options: dict[str, Any] = {"workers": workers, "max_queue_size": max(10, 2 * workers)}
+    if isinstance(work, Samples):
+        return keras_mp.PoolDataset(work.source, work.transform, batch_size=work.batch_size, **options)
+    if isinstance(work, Fill):
+        work = dataclasses.replace(work, allocate=keras_mp.empty)
+    return keras_mp.parallelize(work, **options)
+
+
+def dataset(work: Work, workers: int, epochs: int) -> Feed:
+    data = _dataset(work, workers)
+    return Feed(data, close=data.close)
+
+
+def export(work: Work, workers: int, epochs: int) -> Feed:
+    data = _dataset(work, workers)
+    return Feed(data.to_tf_dataset(epochs=epochs), spans_epochs=True, close=data.close)
