@@ -12,7 +12,9 @@ import concurrent.futures
 import dataclasses
 import itertools
 import operator
+import threading
 import time
+import weakref
 from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -81,6 +83,7 @@ class LoadedDataset(keras.utils.PyDataset):
         self._wait_s = 0.0
         self._closed = False
         self._runtime: _Runtime | None = None
+        self._starting = threading.Lock()
 
     # -- batches -------------------------------------------------------------------------------------------------
 
@@ -261,18 +264,24 @@ class LoadedDataset(keras.utils.PyDataset):
         }
 
     def close(self) -> None:
-        """Drops what is being loaded and gives up the workers, unless another dataset uses them. May be called twice.
+        """Drops what is being loaded and ends the workers, unless another dataset uses them. May be called twice.
 
         Batches already taken stay valid.
         """
-        if self._closed:
-            return
-        self._closed = True
-        self._failures.tell(self.epoch)
-        runtime, self._runtime = self._runtime, None
+        with self._starting:
+            if self._closed:
+                return
+            self._closed = True
+            runtime, self._runtime = self._runtime, None
         if runtime is not None:
             runtime.ahead.drop()
             runtime.engine.close()
+            if runtime.pool is not None:
+                pool, end = weakref.ref(runtime.pool), runtime.pool.end
+                del runtime
+                if pool() is None:
+                    end()  # this was its last dataset: come back when its workers are gone
+        self._failures.tell(self.epoch)
 
     def __enter__(self) -> LoadedDataset:
         return self
@@ -281,14 +290,24 @@ class LoadedDataset(keras.utils.PyDataset):
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_runtime": None, "_pool": self._pool if isinstance(self._pool, str) else None}
+        state = {**self.__dict__, "_runtime": None, "_pool": self._pool if isinstance(self._pool, str) else None}
+        del state["_starting"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._starting = threading.Lock()
 
     def _running(self) -> _Runtime:
-        if self._closed:
-            raise PoolClosed(f"{type(self).__name__} has been closed; make a new one")
-        if self._runtime is None:
-            self._runtime = self._start()
-        return self._runtime
+        runtime = self._runtime
+        if runtime is not None:
+            return runtime
+        with self._starting:
+            if self._closed:
+                raise PoolClosed(f"{type(self).__name__} has been closed; make a new one")
+            if self._runtime is None:
+                self._runtime = self._start()
+            return self._runtime
 
     def _start(self) -> _Runtime:
         engine: Engine

@@ -78,6 +78,7 @@ class WorkerPool:
             raise TypeError(f"env must map str to str, got {env!r}")
         self.workers = count
         self._dispatcher = Dispatcher(count, env, worker_threads)
+        self.end = self._dispatcher.close  # outlives the pool, for whoever drops it and wants to wait
         _dispatchers.add(self._dispatcher)
         self._finalizer = weakref.finalize(self, self._dispatcher.close, wait=False)
         self._finalizer.atexit = False  # `_close_all` does that, and waits

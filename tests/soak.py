@@ -1,0 +1,347 @@
+"""Trains for a while as workers are killed, stopped and starved at random, and checks every batch of it.
+
+    python -m tests.soak --seconds 600 --seed 7
+
+Rounds of real `model.fit`, on the dataset itself and through `to_tf_dataset()`, and iterations that are given up
+half-way, all on one pool. Every batch must be bit for bit what a process without workers makes of the same seed (P1,
+P2), and still be that when it is held for long (P6). Nothing may be left at the end (P4). No batch is hit twice, since
+that would rightly be an error. The exit code is 1 if anything was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import os
+import random
+import resource
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+import numpy.typing as npt
+import psutil
+
+import keras_mp
+from keras_mp import dispatcher as dispatching
+from tests import census
+from tests.faults.common import digest
+
+_SAMPLES, _BATCH_SIZE = 500, 32
+_SIDE = 24
+_BAD_SAMPLE = 77
+_EPOCHS = 2
+_HELD = 40
+_MAX_SLOTS = 3 * (_HELD + 30)
+_MAX_RSS_GROWTH = 300 << 20
+_ENDS = (signal.SIGKILL, signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM)
+
+Array = npt.NDArray[Any]
+
+
+def transform(index: int, rng: np.random.Generator) -> tuple[Array, np.float32]:
+    """A picture made of noise from all three sources, and its label; one sample always fails."""
+    if index == _BAD_SAMPLE:
+        raise ValueError("this sample is broken")
+    picture = rng.normal(size=(_SIDE, _SIDE, 3)) + np.random.rand() + random.random()
+    for _ in range(4):
+        picture = np.sin(picture)
+    return picture.astype(np.float32), np.float32(index % 10)
+
+
+def make_dataset(seed: int, pool: keras_mp.WorkerPool | None) -> keras_mp.PoolDataset:
+    """The dataset of a round, on workers or (the reference) without."""
+    where: dict[str, Any] = {"workers": 0} if pool is None else {"pool": pool}
+    return Checked(
+        range(_SAMPLES), transform, batch_size=_BATCH_SIZE, shuffle=True, seed=seed, on_error="replace", **where
+    )
+
+
+class Checked(keras_mp.PoolDataset):
+    """Tells `watch(epoch, index, batch)` of every batch that Keras takes."""
+
+    watch: Any = None
+
+    def __getitem__(self, index: int) -> Any:
+        epoch = self.epoch
+        batch = super().__getitem__(index)
+        if self.watch is not None:
+            self.watch(epoch, index, batch)
+        return batch
+
+
+@dataclasses.dataclass
+class Report:
+    """What a run did."""
+
+    rounds: int = 0
+    batches: int = 0
+    held: int = 0
+    kills: int = 0
+    stops: int = 0
+    stalls: int = 0
+    starvations: int = 0
+    restarts: int = 0
+    most_slots: int = 0
+    rss_growth: int = 0
+    mismatches: list[str] = dataclasses.field(default_factory=list)
+    errors: list[str] = dataclasses.field(default_factory=list)
+    leaks: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing was wrong."""
+        return not (self.mismatches or self.errors or self.leaks)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.rounds} rounds, {self.batches} batches checked, {self.held} of them again after being held",
+            f"{self.kills} kills, {self.stops} stops for good, {self.stalls} stalls, {self.starvations} starvations",
+            f"{self.restarts} restarts, {self.most_slots} slots at most, memory grew by {self.rss_growth >> 20} MiB",
+            f"{len(self.mismatches)} mismatches, {len(self.errors)} errors, {len(self.leaks)} leaks",
+        ]
+        return "\n".join([*lines, *self.mismatches[:20], *self.errors[:5], *self.leaks[:20]])
+
+
+class Checker:
+    """Compares batches with those of a dataset without workers, and holds some to compare them again later."""
+
+    def __init__(self, seed: int, report: Report, rng: random.Random) -> None:
+        self._reference = make_dataset(seed, None)
+        self._report = report
+        self._rng = rng
+        self._held: collections.deque[tuple[str, str, Any]] = collections.deque()
+
+    def watch(self, epoch: int, index: int, batch: Any) -> None:
+        """Checks one batch, arrays or tensors."""
+        if self._reference.epoch != epoch:
+            self._reference.set_epoch(epoch)
+        expected = digest(self._reference[index])
+        name = f"batch {index} of epoch {epoch} in round {self._report.rounds}"
+        self._report.batches += 1
+        if _digest(batch) != expected:
+            self._report.mismatches.append(f"{name} differs")
+        if self._rng.random() < 0.3:
+            self._held.append((name, expected, batch))
+        while len(self._held) > _HELD:
+            self._let_go()
+
+    def finish(self) -> None:
+        """Looks at what is still held."""
+        while self._held:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        self._held.rotate(-self._rng.randrange(len(self._held)))
+        name, expected, batch = self._held.popleft()
+        self._report.held += 1
+        if _digest(batch) != expected:
+            self._report.mismatches.append(f"{name} was overwritten while it was held")
+
+
+def _digest(batch: Any) -> str:
+    return digest(tuple(np.asarray(part) for part in batch))
+
+
+class Chaos(threading.Thread):
+    """Kills, stops and starves workers until told to end."""
+
+    def __init__(self, pool: keras_mp.WorkerPool, seed: int, report: Report) -> None:
+        super().__init__(name="chaos", daemon=True)
+        self._dispatcher: dispatching.Dispatcher = pool._dispatcher
+        self._rng = random.Random(seed)
+        self._report = report
+        self._over = threading.Event()
+        self._stalled: list[psutil.Process] = []
+
+    def run(self) -> None:
+        while not self._over.wait(self._rng.expovariate(2.5)):
+            self._go_on()
+            with self._dispatcher._lock:
+                victims = [seat.process.pid for seat in self._dispatcher._seats if _may_be_hit(seat)]
+                if victims:
+                    self._act(victims)
+        self._go_on()
+
+    def finish(self) -> None:
+        """Ends the chaos."""
+        self._over.set()
+        self.join()
+
+    def _act(self, victims: list[int]) -> None:
+        pid = self._rng.choice(victims)
+        deed = self._rng.choices(["kill", "kill all", "stop", "stall", "starve"], [8, 1, 1, 5, 3])[0]
+        if deed == "kill":
+            self._signal(pid, self._rng.choice(_ENDS))
+            self._report.kills += 1
+        elif deed == "kill all":
+            for each in victims:
+                self._signal(each, signal.SIGKILL)
+                self._report.kills += 1
+        elif deed == "stop":
+            self._signal(pid, signal.SIGSTOP)
+            self._report.stops += 1
+        elif deed == "stall":
+            self._signal(pid, signal.SIGSTOP)
+            self._stalled.append(psutil.Process(pid))
+            self._report.stalls += 1
+        else:
+            self._starve(pid)
+            self._report.starvations += 1
+
+    def _starve(self, pid: int) -> None:
+        """No larger slots for this worker, or no more descriptors."""
+        limit = self._rng.choice([resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE])
+        try:
+            _, hard = resource.prlimit(pid, limit)
+            resource.prlimit(pid, limit, (16 if limit == resource.RLIMIT_NOFILE else 4096, hard))
+        except ProcessLookupError:
+            pass
+
+    def _go_on(self) -> None:
+        while self._stalled:
+            process = self._stalled.pop()
+            try:
+                process.resume()  # looks first whether the pid is still that process's
+            except psutil.NoSuchProcess:
+                pass
+
+    @staticmethod
+    def _signal(pid: int, number: signal.Signals) -> None:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            pass
+
+
+def _may_be_hit(seat: Any) -> bool:
+    if seat.ended_for or seat.broken or seat.stopped_since is not None:
+        return False
+    return all(not job.crashes and not job.timeouts and job.unstarted < 2 for _, job in seat.jobs)
+
+
+def _make_model() -> Any:
+    model = keras.Sequential(
+        [keras.layers.Input((_SIDE, _SIDE, 3)), keras.layers.Flatten(), keras.layers.Dense(4), keras.layers.Dense(1)]
+    )
+    model.compile("sgd", "mse")
+    return model
+
+
+def _fit(dataset: Any, checker: Checker, model: Any) -> None:
+    dataset.watch = checker.watch
+    model.fit(dataset, epochs=_EPOCHS, verbose=0)
+    dataset.watch = None
+
+
+def _fit_through_tf_data(dataset: Any, checker: Checker, model: Any) -> None:
+    import tensorflow as tf
+
+    def check(number: Any, pictures: Any, labels: Any) -> Any:
+        epoch, index = divmod(int(number), len(dataset))
+        checker.watch(epoch, index, (pictures, labels))
+        return np.int64(0)
+
+    def look(number: Any, batch: Any) -> Any:
+        with tf.control_dependencies([tf.numpy_function(check, [number, *batch], tf.int64)]):
+            return tuple(tf.identity(part) for part in batch)
+
+    exported = dataset.to_tf_dataset(epochs=_EPOCHS).enumerate().map(look)
+    model.fit(exported, epochs=1, verbose=0, shuffle=False)
+
+
+def _hold_tensors(dataset: Any, checker: Checker, model: Any) -> None:
+    for number, batch in enumerate(dataset.to_tf_dataset(epochs=_EPOCHS)):
+        checker.watch(*divmod(number, len(dataset)), batch)
+
+
+def _give_up_half_way(dataset: Any, checker: Checker, model: Any) -> None:
+    for _ in range(4):
+        dataset.set_epoch(0)
+        batches: Iterator[Any] = iter(dataset)
+        for index in range(len(dataset) // 3):
+            checker.watch(0, index, next(batches))
+
+
+def _flush_tensorflow() -> None:
+    """TensorFlow lets go of the last arrays that it was given only when a later call into Python returns."""
+    import tensorflow as tf
+
+    for _ in range(2):
+        tf.numpy_function(lambda: np.int64(0), [], tf.int64)
+
+
+def soak(seconds: float, seed: int, workers: int = 2) -> Report:
+    """Runs for about `seconds`; the last round is finished.
+
+    Args:
+        seconds: how long.
+        seed: of the chaos and of the data.
+        workers: processes in the pool.
+    """
+    report = Report()
+    rng = random.Random(seed)
+    model = _make_model()
+    _hold_tensors(make_dataset(seed, None), Checker(seed, Report(), rng), model)  # what TensorFlow keeps for itself
+    model.fit(make_dataset(seed, None), verbose=0)
+    before = census.take_census()
+    pool = keras_mp.WorkerPool(workers)
+    chaos = Chaos(pool, seed, report)
+    chaos.start()
+    process, rss = psutil.Process(), 0
+    started = time.monotonic()
+    ways = [_fit, _fit_through_tf_data, _hold_tensors, _give_up_half_way]
+    try:
+        while time.monotonic() - started < seconds and not report.mismatches:
+            if not rss and time.monotonic() - started > seconds / 3:
+                rss = process.memory_info().rss
+            round_seed = rng.randrange(1 << 30)
+            checker = Checker(round_seed, report, rng)
+            with make_dataset(round_seed, pool) as dataset:
+                ways[report.rounds % len(ways)](dataset, checker, model)
+                checker.finish()
+                report.most_slots = max(report.most_slots, dataset.stats()["slots"])
+            report.rounds += 1
+    except Exception as error:
+        report.errors.append(f"round {report.rounds}: {type(error).__name__}: {error}")
+    finally:
+        chaos.finish()
+        report.restarts = pool.stats()["restarts"]
+        pool.close()
+    report.rss_growth = max(0, process.memory_info().rss - rss) if rss else 0
+    if report.rss_growth > _MAX_RSS_GROWTH:
+        report.leaks.append(f"memory grew by {report.rss_growth} bytes after the first third")
+    if report.most_slots > _MAX_SLOTS:
+        report.leaks.append(f"{report.most_slots} slots for {_HELD} held batches")
+    del dataset, checker
+    _flush_tensorflow()
+    report.leaks += census.wait_until_nothing_is_left(before)
+    return report
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__.partition("\n")[0])
+    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args(arguments)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "keras_mp: .* samples failed|keras_mp: no shared memory", RuntimeWarning)
+        report = soak(options.seconds, options.seed, options.workers)
+    sys.stdout.write(f"seed {options.seed}, {options.seconds:g} s, {options.workers} workers\n{report}\n")
+    return 0 if report.clean else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
