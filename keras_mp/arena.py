@@ -28,7 +28,9 @@ import numpy.typing as npt
 from keras_mp import wire
 
 CONTROL_BYTES = 64
+# What the first control word says when it is no position in the batch.
 NOT_STARTED = -1
+FINISHED = -2
 
 # Free slots kept for reuse beyond those in use: enough that steady state creates none, few enough to give memory back
 # after a consumer that held many batches has let them go.

@@ -29,7 +29,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from keras_mp import wire
@@ -69,6 +69,34 @@ class _Seat:
         self.ended_for = ""
         self.ended_at: Job | None = None
         self.broken = ""
+        self.outbox = bytearray()
+
+    def current(self) -> Job | None:
+        """The batch that the worker is at."""
+        return next((job for _, job in self.jobs if not job.is_finished), None)
+
+    def send(self, message: Any, fds: Sequence[int] = ()) -> None:
+        """Adds a message to those that `flush` sends; descriptors go at once.
+
+        Raises:
+            OSError: the worker has died, or does not read.
+        """
+        if not fds:
+            self.outbox += wire.frame(message)
+            return
+        self.flush()
+        wire.send(self.process.sock, message, fds)
+
+    def flush(self) -> None:
+        """Sends what there is to send.
+
+        Raises:
+            OSError: the worker has died, or does not read.
+        """
+        if self.outbox:
+            frames = bytes(self.outbox)
+            self.outbox.clear()
+            wire.send_bytes(self.process.sock, frames)
 
 
 class Dispatcher:
@@ -95,6 +123,7 @@ class Dispatcher:
         self._selector.register(self._wake_read, selectors.EVENT_READ)
         self._thread: threading.Thread | None = None
         self._ticking = False
+        self._busy_at = 0.0
         self._watched_at = 0.0
         self._failed_starts = 0
         self._failing_since = 0.0
@@ -106,18 +135,18 @@ class Dispatcher:
 
     # -- called by consumers -------------------------------------------------------------------------------------
 
-    def submit(self, task: Task, request: Request) -> Job:
-        """Queues a request.
+    def submit(self, task: Task, requests: Sequence[Request]) -> list[Job]:
+        """Queues requests.
 
         Raises:
             PoolClosed: the pool or the task was closed, or this process is a fork of the pool's owner.
         """
         self.check_usable()
-        job = Job(task, request)
+        jobs = [Job(task, request) for request in requests]
         with self._lock:
             if self.closed or task.closed:
                 raise PoolClosed("the dataset or its pool has been closed; make a new one")
-            self._queue.append(job)
+            self._queue.extend(jobs)
             if self._thread is None:
                 thread = threading.Thread(target=self._dispatch, daemon=True, name="keras_mp-dispatcher")
                 thread.start()
@@ -125,7 +154,7 @@ class Dispatcher:
             self._pump()
             if not self._ticking or (self._queue and len(self._seats) < self.workers):
                 self.wake()
-        return job
+        return jobs
 
     def wait(self, job: Job) -> None:
         """Returns when the job has an answer.
@@ -221,7 +250,11 @@ class Dispatcher:
                         gone = self._watch()
                         self._pump()
                         self._start_missing()
-                    self._ticking = bool(self._queue) or any(s.jobs or not s.process.ready for s in self._seats)
+                    now = time.monotonic()
+                    if self._queue or any(s.jobs or not s.process.ready for s in self._seats):
+                        self._busy_at = now
+                    # On for a while: waking this thread for every batch would cost more than a look now and then.
+                    self._ticking = now - self._busy_at < 4 * _TICK_S
                 for seat in gone:
                     self._read(seat, gone=True)
         except BaseException as error:
@@ -305,6 +338,18 @@ class Dispatcher:
                 break
             self._queue.popleft()
             self._hand_over(seat, job)
+        self._flush()
+
+    def _flush(self) -> None:
+        for seat in self._seats:
+            if seat.outbox:
+                try:
+                    seat.flush()
+                except OSError:  # it died, or does not read: the end of its socket will put its jobs back
+                    seat.process.kill()
+                except BaseException:  # Ctrl-C in a consumer: the worker may have half a message
+                    seat.process.kill()
+                    raise
 
     def _start_missing(self) -> None:
         """Starts as many workers as there is work for; on the dispatcher's thread, where no Ctrl-C can come between."""
@@ -343,18 +388,19 @@ class Dispatcher:
             self._trim(task)
             if seat.versions.get(task.number) != task.version:
                 load, fds = task.load_message()
-                wire.send(seat.process.sock, load, fds)
+                seat.send(load, fds)
                 seat.versions[task.number] = load.version
             run, fds = self._run_message(seat, number, job)
+            seat.send(run, fds)
             if job.lease is None:
                 seat.process.sock.settimeout(_SEND_TIMEOUT_S)  # a long request may fill the socket
-            try:
-                wire.send(seat.process.sock, run, fds)
-            finally:
-                seat.process.sock.setblocking(False)
-        except OSError:  # it died, or does not read: the end of its socket will put the job back
+                try:
+                    seat.flush()
+                finally:
+                    seat.process.sock.setblocking(False)
+        except OSError:  # as in `_flush`
             seat.process.kill()
-        except BaseException:  # Ctrl-C in a consumer: the worker may have half a message
+        except BaseException:
             seat.process.kill()
             raise
 
@@ -368,8 +414,9 @@ class Dispatcher:
 
     def _tell(self, seat: _Seat, message: Forget) -> None:
         try:
-            wire.send(seat.process.sock, message)
-        except OSError:  # as in `_hand_over`
+            seat.send(message)
+            seat.flush()
+        except OSError:  # as in `_flush`
             seat.process.kill()
 
     def _run_message(self, seat: _Seat, number: int, job: Job) -> tuple[Run, list[int]]:
@@ -414,7 +461,7 @@ class Dispatcher:
             elif not seat.ended_for and (seat.jobs or not seat.process.ready):
                 seat.ended_for = self._deadline_missed(seat, now)
                 if seat.ended_for:
-                    seat.ended_at = seat.jobs[0][1] if seat.jobs else None
+                    seat.ended_at = seat.current()
                     seat.process.kill()
         return gone
 
@@ -449,8 +496,9 @@ class Dispatcher:
             return
         self.restarts += 1
         jobs = [job for _, job in seat.jobs]
-        if jobs and self._is_spent(jobs[0], seat, seat.broken or f"ended with {ended}"):
-            jobs.pop(0)
+        current = seat.current()
+        if current is not None and self._is_spent(current, seat, seat.broken or f"ended with {ended}"):
+            jobs.remove(current)
         self._queue.extendleft(reversed(jobs))
 
     def _note_failed_start(self, seat: _Seat, how: str, stderr: str) -> None:

@@ -10,7 +10,7 @@ import concurrent.futures
 import functools
 import hashlib
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from keras_mp import wire
@@ -23,8 +23,8 @@ from keras_mp.worker import Failed, failed_reply
 class Engine(Protocol):
     """A place where batches are loaded."""
 
-    def submit(self, request: Request) -> Any:
-        """Asks for a batch; returns a handle."""
+    def submit(self, requests: Sequence[Request]) -> Sequence[Any]:
+        """Asks for batches; returns a handle for each."""
 
     def result(self, handle: Any) -> Loaded:
         """Waits for the batch of `handle`. Once for each handle."""
@@ -56,8 +56,8 @@ class InlineEngine:
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
 
-    def submit(self, request: Request) -> Request:
-        return request
+    def submit(self, requests: Sequence[Request]) -> Sequence[Request]:
+        return requests
 
     def result(self, handle: Request) -> Loaded:
         return load_alone(self._loader, handle)
@@ -89,8 +89,8 @@ class ExecutorEngine:
         self._load: Callable[[Request], Loaded | Failed]
         self.update(loader)
 
-    def submit(self, request: Request) -> concurrent.futures.Future[Any]:
-        return self._executor.submit(self._load, request)
+    def submit(self, requests: Sequence[Request]) -> list[concurrent.futures.Future[Any]]:
+        return [self._executor.submit(self._load, request) for request in requests]
 
     def result(self, handle: concurrent.futures.Future[Any]) -> Loaded:
         reply = handle.result()

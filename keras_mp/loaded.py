@@ -9,6 +9,7 @@ again in the first real pass, lose as many at its end, and wait a tenth of a sec
 from __future__ import annotations
 
 import concurrent.futures
+import copy
 import dataclasses
 import itertools
 import operator
@@ -19,6 +20,7 @@ from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import keras
+import numpy as np
 
 from keras_mp import checks
 from keras_mp.batching import Batching
@@ -238,7 +240,8 @@ class LoadedDataset(keras.utils.PyDataset):
     def _peek(self) -> Any:
         """The first batch of the current epoch, without a trace in the record of what Keras has asked for."""
         engine = self._running().engine
-        return self._served(engine.result, engine.submit(self._request(self._tracker.epoch, 0)))
+        (handle,) = engine.submit([self._request(self._tracker.epoch, 0)])
+        return self._served(engine.result, handle)
 
     @property
     def _batch_axis(self) -> int | None:
@@ -322,6 +325,10 @@ class LoadedDataset(keras.utils.PyDataset):
         else:
             pool = self._pool if isinstance(self._pool, WorkerPool) else shared_pool(self._num_workers)
             engine = pool.client(self._loader, self._timeout_s)
+            source = getattr(self._loader, "source", None)
+            if type(source) is np.ndarray and (shared := engine.shared_view(source)) is not None:
+                self._loader = copy.copy(self._loader)
+                self._loader.source = shared  # the original may go, if the user does not keep it
         return _Runtime(engine, self._read_ahead_on(engine, iter(())), pool)
 
     def _workers_text(self) -> str:

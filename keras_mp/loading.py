@@ -43,6 +43,8 @@ class Loaded(NamedTuple):
 class Loader(Protocol):
     """Loads batches. `note` is told the position of each sample before its turn; `seed` seeds the global state."""
 
+    source: Any
+
     @property
     def runs_user_code(self) -> bool: ...
 

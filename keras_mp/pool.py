@@ -11,8 +11,10 @@ import operator
 import os
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy.typing as npt
 
 from keras_mp.dispatcher import Dispatcher
 from keras_mp.loading import Loaded, Loader, Request
@@ -120,9 +122,9 @@ class PoolClient:
         self._finalizer = weakref.finalize(self, _close_later, self._dispatcher, task)
         self._finalizer.atexit = False
 
-    def submit(self, request: Request) -> Job:
-        """Queues a request."""
-        return self._dispatcher.submit(self._task, request)
+    def submit(self, requests: Sequence[Request]) -> list[Job]:
+        """Queues requests."""
+        return self._dispatcher.submit(self._task, requests)
 
     def result(self, job: Job) -> Loaded:
         """Waits for the job and takes its batch."""
@@ -132,6 +134,10 @@ class PoolClient:
     def update(self, loader: Loader) -> None:
         """Replaces the loader for the requests that follow."""
         self._task.update(loader)
+
+    def shared_view(self, array: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
+        """See `Task.shared_view`."""
+        return self._task.shared_view(array)
 
     def cancel(self, job: Job) -> None:
         """Nobody will ask for this job's result: it is dropped if no worker has it yet."""

@@ -59,7 +59,7 @@ class ReadAhead:
                 self._fill()  # it may be the first of the plan
             handle = self._handles.pop(key, None) or self._aside.pop(key, None)
             if handle is None:
-                handle = self._engine.submit(self._request(*key))
+                (handle,) = self._engine.submit([self._request(*key)])
             self._fill()
         return self._engine.result(handle)
 
@@ -71,13 +71,17 @@ class ReadAhead:
     def _fill(self) -> None:
         if len(self._handles) > self._depth - self._burst:
             return
-        while len(self._handles) < self._depth:
+        new: dict[Key, None] = {}
+        while len(self._handles) + len(new) < self._depth:
             key = next(self._plan, None)
             if key is None:
-                return
-            if key not in self._handles:
-                handle = self._aside.pop(key, None)
-                self._handles[key] = handle or self._engine.submit(self._request(*key))
+                break
+            if key in self._aside:
+                self._handles[key] = self._aside.pop(key)
+            elif key not in self._handles:
+                new[key] = None
+        if new:
+            self._handles.update(zip(new, self._engine.submit([self._request(*key) for key in new]), strict=True))
 
     def drop(self) -> None:
         """Forgets the plan and all that was requested along it."""

@@ -10,8 +10,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from keras_mp import wire
-from keras_mp.arena import Arena, Lease, Segment
+from keras_mp.arena import FINISHED, Arena, Lease, Segment, map_segment
 from keras_mp.errors import KerasMPError, PoolClosed, sample_error
 from keras_mp.loading import Loaded, Loader, Request
 from keras_mp.worker import Done, Failed, Load
@@ -40,6 +43,7 @@ class Task:
         self.mean_load_s = _SHORT_LOAD_S
         self._lock = threading.Lock()
         self._large: Segment | None = None
+        self._large_places: dict[int, tuple[int, int]] = {}  # by the address the buffer came from
         self._small: Segment | None = None
         self._message: Load | None = None
         self._retired: list[Segment] = []
@@ -79,6 +83,8 @@ class Task:
             self._retired += [old for old in (self._small, before if segment else None) if old is not None]
             self._small, self._large = small_segment, segment or before
             self.version += 1
+            addresses = [np.frombuffer(buffer.raw(), np.uint8).ctypes.data for buffer in large]
+            self._large_places = dict(zip(addresses, large_places, strict=True))
             self._message = Load(
                 task=self.number,
                 version=self.version,
@@ -103,6 +109,17 @@ class Task:
             if self._message is None or self._small is None or self._large is None:
                 raise PoolClosed("the dataset has been closed")
             return self._message, [self._small.fd, self._large.fd]
+
+    def shared_view(self, array: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
+        """A large array of the loader's as it lies in shared memory, read-only; None if it does not lie there whole.
+
+        Who uses it in place of the array lets that go: the data is then in memory once, for parent and workers.
+        """
+        place = self._large_places.get(array.ctypes.data)
+        if place is None or place[1] != array.nbytes or not array.flags.c_contiguous or self._large is None:
+            return None
+        memory = map_segment(self._large.fd, self._large.size)
+        return np.ndarray(array.shape, array.dtype, buffer=memory[place[0] : place[0] + place[1]].data)
 
     @property
     def depth(self) -> int:
@@ -216,6 +233,11 @@ class Job:
         """Source index of the sample that the worker was at, or None if it had not started on this batch."""
         position = -1 if self.lease is None else self.lease.position()
         return int(self.request.samples[position]) if 0 <= position < len(self.request.samples) else None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the worker was done with this batch, though its reply has not come."""
+        return self.lease is not None and self.lease.position() == FINISHED
 
     @property
     def name(self) -> str:

@@ -155,15 +155,24 @@ def place_buffers(buffers: Sequence[pickle.PickleBuffer], start: int = 0) -> tup
     return places, end
 
 
+def frame(message: Any) -> bytes:
+    """The bytes that carry `message`."""
+    body = pickle.dumps(message, protocol=5)
+    return _LENGTH.pack(len(body)) + body
+
+
+def send_bytes(sock: socket.socket, frames: bytes, fds: Sequence[int] = ()) -> None:
+    """Sends frames; `fds` travel with the length prefix of the first."""
+    if fds:
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+        sent = sock.sendmsg([frames[: _LENGTH.size]], ancillary, _NO_SIGNAL)
+        frames = frames[sent:]
+    sock.sendall(frames, _NO_SIGNAL)
+
+
 def send(sock: socket.socket, message: Any, fds: Sequence[int] = ()) -> None:
     """Sends one frame; `fds` travel with its length prefix."""
-    body = pickle.dumps(message, protocol=5)
-    prefix = _LENGTH.pack(len(body))
-    if fds:
-        sock.sendmsg([prefix], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))], _NO_SIGNAL)
-        sock.sendall(body, _NO_SIGNAL)
-    else:
-        sock.sendall(prefix + body, _NO_SIGNAL)
+    send_bytes(sock, frame(message), fds)
 
 
 def receive(sock: socket.socket) -> tuple[Any, list[int]] | None:

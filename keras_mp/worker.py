@@ -14,18 +14,19 @@ import faulthandler
 import fcntl
 import os
 import pickle
+import select
 import signal
 import socket
 import sys
 import threading
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from keras_mp import wire
-from keras_mp.arena import SlotMemory, map_segment
+from keras_mp.arena import FINISHED, SlotMemory, map_segment
 from keras_mp.collate import allocating
 from keras_mp.errors import SampleError, SampleFailure
 from keras_mp.loading import Loader, Request, ignore_position
@@ -36,6 +37,10 @@ from keras_mp.randomness import seed_global_state
 _INLINE_BYTES = 1 << 15
 
 _MAX_SAID_BYTES = 1 << 16
+
+# Replies to batches that take less are held back while others wait, this many at most.
+_HELD_LOAD_S = 0.0003
+_MOST_HELD = 8
 
 EXIT_NO_DESCRIPTOR = os.EX_TEMPFAIL
 
@@ -65,8 +70,7 @@ class Load:
     sizes: tuple[int, int]
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """A request for one batch. With `slot_size` None there is no slot: the batch goes through the socket.
 
     `request` is a Request, or the length of its pickle at the start of the slot. A slot the worker has not seen yet
@@ -88,8 +92,7 @@ class Forget:
     slots: tuple[int, ...] | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Done:
+class Done(NamedTuple):
     """A batch: its pickle, or where that lies; its buffers, or their places; the slot's new size."""
 
     job: int
@@ -101,8 +104,7 @@ class Done:
     refused: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Failed:
+class Failed(NamedTuple):
     """A batch that could not be made; `error` is the pickled exception, where it can be pickled at all."""
 
     job: int
@@ -128,17 +130,26 @@ class _Memory:
 
 
 class Worker:
-    """The main loop and what it remembers between requests."""
+    """The main loop and what it remembers between requests.
+
+    NOTE (held replies): the replies to very short batches are held back while requests are waiting, and sent together,
+    as one wake-up of the parent costs more than such a batch. Their slots are marked as finished, so that they are not
+    blamed should the batch after them end this process.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self._held: list[bytes] = []
+        self._mean_load_s = 1.0
+        self._waiting = select.poll()
+        self._waiting.register(sock, select.POLLIN)
         self._loaders: dict[int, Loader | BaseException] = {}
         self._slots: dict[tuple[int, int], SlotMemory] = {}
 
     def serve(self) -> None:
         """Answers requests until the parent closes the socket."""
-        while (frame := wire.receive(self._sock)) is not None:
-            message, fds = frame
+        while (received := self._receive()) is not None:
+            message, fds = received
             if isinstance(message, Load):
                 _check_received(len(fds) == len(message.sizes))
                 self._loaders[message.task] = _unpack(message, fds)
@@ -148,11 +159,29 @@ class Worker:
                 if fds:
                     self._slots[message.task, message.slot] = SlotMemory(fds[0])
                 _check_received(message.slot_size is None or (message.task, message.slot) in self._slots)
-                reply = self._run(message)
-                try:
-                    wire.send(self._sock, reply)
-                except MemoryError as error:  # nothing is on its way yet: a frame is built before it is sent
-                    wire.send(self._sock, failed_reply(message.job, error))
+                self._reply(message, self._run(message))
+
+    def _receive(self) -> tuple[Any, list[int]] | None:
+        if self._held and not self._waiting.poll(0):
+            self._send_held()
+        return wire.receive(self._sock)
+
+    def _reply(self, message: Run, reply: Done | Failed) -> None:
+        try:
+            self._held.append(wire.frame(reply))
+        except MemoryError as error:
+            self._held.append(wire.frame(failed_reply(message.job, error)))
+        if isinstance(reply, Done):
+            self._mean_load_s += 0.2 * (reply.load_s - self._mean_load_s)
+        hold = isinstance(reply, Done) and message.slot_size is not None and self._mean_load_s < _HELD_LOAD_S
+        if hold and len(self._held) < _MOST_HELD:
+            self._slots[message.task, message.slot].note_sample(FINISHED)
+        else:
+            self._send_held()
+
+    def _send_held(self) -> None:
+        held, self._held = b"".join(self._held), []
+        wire.send_bytes(self._sock, held)
 
     def _forget(self, message: Forget) -> None:
         if message.slots is None:

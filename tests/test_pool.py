@@ -353,3 +353,18 @@ def test_keras_mp_empty_needs_no_copy(pool: keras_mp.WorkerPool) -> None:
         assert whole.ctypes.data % 64 == 0
         assert (whole == np.arange(4.0)[:, None]).all()
         assert (part == np.arange(4.0)[:, None]).all()
+
+
+def test_a_large_source_is_in_memory_once() -> None:
+    """The dataset's own reference moves to the shared copy, so the array it was made from can go."""
+    array = np.arange(1 << 20, dtype=np.int64).reshape(-1, 8)
+    kept = weakref.ref(array)
+    with keras_mp.PoolDataset(array, batch_size=64, workers=1) as dataset:
+        del array
+        before = dataset[0].copy()
+        gc.collect()
+        assert kept() is None
+        again = dataset.shard(2, 1)
+        np.testing.assert_array_equal(dataset[0], before)
+        np.testing.assert_array_equal(again[0], np.arange(512, 1024).reshape(-1, 8))
+        again.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hypothesis import given
@@ -21,11 +21,11 @@ class _Engine:
         self.cancelled: list[Key] = []
         self.pending: list[Key] = []
 
-    def submit(self, request: Request) -> list[Key]:
-        key = (request.epoch, request.batch)
-        self.submitted.append(key)
-        self.pending.append(key)
-        return [key]
+    def submit(self, requests: Sequence[Request]) -> list[list[Key]]:
+        keys = [(request.epoch, request.batch) for request in requests]
+        self.submitted += keys
+        self.pending += keys
+        return [[key] for key in keys]
 
     def result(self, handle: list[Key]) -> Loaded:
         key = handle.pop()  # fails if a handle is used twice
