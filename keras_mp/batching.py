@@ -91,6 +91,14 @@ class Batching:
             return _permutation(self.length, self.seed, epoch)[start:stop]
         return keyed_permutation(np.arange(start, stop, dtype=np.int64), self.length, self.seed, epoch)
 
+    def repeats(self, epoch: int, batch: int) -> Indices | None:
+        """How often each sample of `batch` came before in the epoch; None if none does, as without `order`."""
+        if self.order is None:
+            return None
+        start, stop = self.span(batch)
+        earlier = _count_earlier(self.order, self.seed, epoch, self.length)[start:stop]
+        return earlier if earlier.any() else None
+
     def _custom_order(self, epoch: int) -> Indices:
         assert_order = self.order
         if assert_order is None:
@@ -129,6 +137,18 @@ def _evaluate_order(order: Order, seed: int, epoch: int, length: int) -> Indices
     result = indices.astype(np.int64)
     result.flags.writeable = False
     return result
+
+
+@functools.lru_cache(maxsize=4)
+def _count_earlier(order: Order, seed: int, epoch: int, length: int) -> Indices:
+    """For each position of an order, how often its index stands before it."""
+    indices = _evaluate_order(order, seed, epoch, length)
+    by_index = np.argsort(indices, kind="stable")
+    ordered = indices[by_index]
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    counts = np.empty(len(indices), dtype=np.int64)
+    counts[by_index] = np.arange(len(indices)) - np.repeat(starts, np.diff(np.r_[starts, len(indices)]))
+    return counts
 
 
 def keyed_permutation(positions: Indices, length: int, seed: int, epoch: int) -> Indices:

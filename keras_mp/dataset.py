@@ -43,12 +43,13 @@ class PoolDataset(LoadedDataset):
         max_failures: with "skip" or "replace", how many samples of an epoch may fail before `TooManyFailures` is
             raised: a count (int) or a share of the epoch (float).
         retries: how often a failing sample is tried again first.
-        timeout: seconds that one batch may take in a worker; after that the worker is replaced and the batch run again
-            once.
+        timeout: seconds that one batch may take in a worker process; after that the worker is replaced and the batch
+            run again, once. Threads and executors cannot be ended, so they have no such limit.
         pool: None: worker processes shared by all datasets with this number of them. A `WorkerPool`, or any
             `concurrent.futures.Executor`. "keras": Keras's own process pool runs `dataset[i]`.
         order: callable (epoch, rng) -> sample indices, for weighted or curriculum sampling, in place of `shuffle`. May
-            be longer or shorter than the source, but of the same length in every epoch.
+            be longer or shorter than the source, but of the same length in every epoch. A sample that comes again in an
+            epoch gets other random numbers.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of range.

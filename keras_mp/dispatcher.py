@@ -8,7 +8,7 @@
 
 One socketpair a worker, and no lock or queue shared between processes, so a process that dies can take nothing with it:
 its socket ends, the batch it was at is known, it alone is replaced, and that batch alone is run again (P3).
-A batch that two workers died on is given up, and so is one that took too long twice. Whoever is killed, nothing is
+What a worker's end says of its batches is decided in `seat`. Whoever is killed, nothing is
 left: sockets, lifelines and memory files have no name and end with their last holder (P4).
 
 NOTE (finalisers take no lock): datasets and pools may be collected on any thread, also while it holds the pool's lock,
@@ -23,7 +23,6 @@ import errno
 import os
 import pickle
 import selectors
-import signal
 import socket
 import sys
 import threading
@@ -32,71 +31,21 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from keras_mp import wire
-from keras_mp.errors import BatchTimeout, KerasMPError, PoolClosed, WorkerCrashed
+from keras_mp.errors import KerasMPError, PoolClosed, WorkerCrashed
 from keras_mp.loading import Request
+from keras_mp.messages import Done, Failed, Forget, Run
+from keras_mp.seat import EXIT_GRACE_S, INNOCENT_EXITS, Seat
 from keras_mp.spawn import Process, worker_environment
 from keras_mp.task import Job, Task
-from keras_mp.worker import EXIT_NO_DESCRIPTOR, Done, Failed, Forget, Run
 
-_START_TIMEOUT_S = 120.0
 _START_TRIES = 3
 _START_PATIENCE_S = 30.0  # for starts that somebody's SIGKILL ends, say the system's, short of memory
 _START_PAUSE_S = 10.0  # before another try, while the workers that there are do the work
-_UNSTARTED_TRIES = 5  # workers that may be killed before a batch's first sample, before the batch is blamed
-_EXIT_GRACE_S = 2.0
-_STOPPED_GRACE_S = 5.0  # a terminal's Ctrl-Z stops parent and workers together; both go on within this
 _TICK_S = 0.5
 _EOF_GRACE_S = 1.0  # a process that ends closes its socket a moment earlier
 _SEND_TIMEOUT_S = 10.0
 _JOIN_TIMEOUT_S = 10.0
 _INLINE_SAMPLES = 512  # a longer list of samples travels in the slot, so that a socket is never full
-# Exit codes that say nothing against a batch that the worker had not begun.
-_INNOCENT_EXITS = (-signal.SIGKILL, -signal.SIGTERM, EXIT_NO_DESCRIPTOR)
-
-
-class _Seat:
-    """A worker process and what it is doing."""
-
-    def __init__(self, process: Process) -> None:
-        self.process = process
-        self.frames = wire.FrameReader(process.sock)
-        self.jobs: collections.deque[tuple[int, Job]] = collections.deque()
-        self.head_since = 0.0
-        self.stopped_since: float | None = None
-        self.versions: dict[int, int] = {}
-        self.slots: set[tuple[int, int]] = set()
-        self.ended_for = ""
-        self.ended_at: Job | None = None
-        self.broken = ""
-        self.outbox = bytearray()
-
-    def current(self) -> Job | None:
-        """The batch that the worker is at."""
-        return next((job for _, job in self.jobs if not job.is_finished), None)
-
-    def send(self, message: Any, fds: Sequence[int] = ()) -> None:
-        """Adds a message to those that `flush` sends; descriptors go at once.
-
-        Raises:
-            OSError: the worker has died, or does not read.
-        """
-        if not fds:
-            self.outbox += wire.frame(message)
-            return
-        self.flush()
-        wire.send(self.process.sock, message, fds)
-
-    def flush(self) -> None:
-        """Sends what there is to send.
-
-        Raises:
-            OSError: the worker has died, or does not read.
-        """
-        if self.outbox:
-            frames = bytes(self.outbox)
-            self.outbox.clear()
-            wire.send_bytes(self.process.sock, frames)
 
 
 class Dispatcher:
@@ -110,7 +59,7 @@ class Dispatcher:
         self._environment = worker_environment(env, worker_threads)
         self._lock = threading.Lock()
         self._queue: collections.deque[Job] = collections.deque()
-        self._seats: list[_Seat] = []
+        self._seats: list[Seat] = []
         self._wake_read, self._wake_write = socket.socketpair()
         try:
             self._selector = selectors.DefaultSelector()
@@ -243,7 +192,7 @@ class Dispatcher:
                             self._wake_read.recv(4096)
                     else:
                         self._read(key.data)
-                gone: list[_Seat] = []
+                gone: list[Seat] = []
                 with self._lock:
                     self._read_notes()
                     if not self.closed:
@@ -265,7 +214,7 @@ class Dispatcher:
                 self.closed = True
                 self._end_all(failure)
 
-    def _read(self, seat: _Seat, gone: bool = False) -> None:
+    def _read(self, seat: Seat, gone: bool = False) -> None:
         messages = seat.frames.frames()
         while True:
             try:
@@ -292,7 +241,7 @@ class Dispatcher:
                     self._bury(seat)
                 self._pump()
 
-    def _answer(self, seat: _Seat, reply: Done | Failed) -> None:
+    def _answer(self, seat: Seat, reply: Done | Failed) -> None:
         if not seat.jobs or seat.jobs[0][0] != reply.job:  # user code has forked, and the fork answers too
             seat.broken = "answered out of turn (does the dataset's code fork?)"
             seat.process.kill()
@@ -360,7 +309,7 @@ class Dispatcher:
             try:
                 process = Process(self._environment)
                 try:
-                    seat = _Seat(process)
+                    seat = Seat(process)
                     self._selector.register(process.sock, selectors.EVENT_READ, seat)
                     self._seats.append(seat)
                 except BaseException:
@@ -378,7 +327,7 @@ class Dispatcher:
                 return
             starting += 1
 
-    def _hand_over(self, seat: _Seat, job: Job) -> None:
+    def _hand_over(self, seat: Seat, job: Job) -> None:
         task = job.task
         number, self._next_job = self._next_job, self._next_job + 1
         if not seat.jobs:
@@ -412,14 +361,14 @@ class Dispatcher:
                 seat.slots.difference_update((task.number, slot) for slot in known)
                 self._tell(seat, Forget(task.number, tuple(known)))
 
-    def _tell(self, seat: _Seat, message: Forget) -> None:
+    def _tell(self, seat: Seat, message: Forget) -> None:
         try:
             seat.send(message)
             seat.flush()
         except OSError:  # as in `_flush`
             seat.process.kill()
 
-    def _run_message(self, seat: _Seat, number: int, job: Job) -> tuple[Run, list[int]]:
+    def _run_message(self, seat: Seat, number: int, job: Job) -> tuple[Run, list[int]]:
         request: Request | int = job.request
         if job.by_socket:
             return Run(number, job.task.number, -1, None, job.request), []
@@ -444,7 +393,7 @@ class Dispatcher:
 
     # -- faults --------------------------------------------------------------------------------------------------
 
-    def _watch(self) -> list[_Seat]:
+    def _watch(self) -> list[Seat]:
         """Ends workers that are past a deadline, or stopped; the end of their socket does the rest.
 
         Returns:
@@ -459,31 +408,13 @@ class Dispatcher:
             if seat.process.has_ended():
                 gone.append(seat)
             elif not seat.ended_for and (seat.jobs or not seat.process.ready):
-                seat.ended_for = self._deadline_missed(seat, now)
+                seat.ended_for = seat.missed_deadline(now)
                 if seat.ended_for:
                     seat.ended_at = seat.current()
                     seat.process.kill()
         return gone
 
-    def _deadline_missed(self, seat: _Seat, now: float) -> str:
-        """What is wrong with a worker that has something to do, in words; "" if nothing is."""
-        if seat.process.ready:
-            task = seat.jobs[0][1].task
-            if task.timeout_s is not None and now - seat.head_since > task.timeout_s:
-                return f"took longer than timeout={task.timeout_s:g} s"
-            if task.closed and now - max(seat.head_since, task.closed_at) > _EXIT_GRACE_S:
-                return "was at a batch of a closed dataset"
-        elif now - seat.process.started > _START_TIMEOUT_S:
-            return f"was not ready within {_START_TIMEOUT_S:g} s"
-        if not seat.process.is_stopped():
-            seat.stopped_since = None
-        elif seat.stopped_since is None:
-            seat.stopped_since = now
-        elif now - seat.stopped_since > _STOPPED_GRACE_S:
-            return f"stood stopped (SIGSTOP) for {_STOPPED_GRACE_S:g} s"
-        return ""
-
-    def _bury(self, seat: _Seat) -> None:
+    def _bury(self, seat: Seat) -> None:
         """A worker's socket has ended: remove it, and put back what it was doing."""
         self._selector.unregister(seat.process.sock)
         self._seats.remove(seat)
@@ -497,18 +428,18 @@ class Dispatcher:
         self.restarts += 1
         jobs = [job for _, job in seat.jobs]
         current = seat.current()
-        if current is not None and self._is_spent(current, seat, seat.broken or f"ended with {ended}"):
+        if current is not None and seat.judge(current, seat.broken or f"ended with {ended}"):
             jobs.remove(current)
         self._queue.extendleft(reversed(jobs))
 
-    def _note_failed_start(self, seat: _Seat, how: str, stderr: str) -> None:
+    def _note_failed_start(self, seat: Seat, how: str, stderr: str) -> None:
         """Gives up where no worker is left and none can start: one exit of its own, or three faults, shows that."""
         now = time.monotonic()
         if not self._failed_starts:
             self._failing_since = now
         self._failed_starts += 1
         timed_out = bool(seat.ended_for) and seat.stopped_since is None
-        if seat.process.exit_code in _INNOCENT_EXITS and not timed_out:
+        if seat.process.exit_code in INNOCENT_EXITS and not timed_out:
             hopeless = now - self._failing_since > _START_PATIENCE_S
         else:
             hopeless = (seat.process.exit_code or 0) >= 0 or timed_out or self._failed_starts >= _START_TRIES
@@ -517,39 +448,6 @@ class Dispatcher:
             if not self._seats:
                 self._failed_starts = 0
                 self._give_up(f"a worker process could not start ({how}). It said:\n{stderr or '(nothing)'}")
-
-    def _is_spent(self, job: Job, seat: _Seat, ended: str) -> bool:
-        """Whether the job has now failed for good; then it is told so."""
-        if job.done or (seat.ended_for and job is not seat.ended_at):
-            return job.done  # it was the batch before this one that the worker was ended for
-        sample = job.sample_in_progress()
-        at = "before its first sample" if sample is None else f"at sample {sample}"
-        job.faults.append(f"process {seat.process.pid} {seat.ended_for or ended}, {at}")
-        from_outside = seat.stopped_since is not None if seat.ended_for else seat.process.exit_code in _INNOCENT_EXITS
-        if from_outside and sample is None and job.lease is not None and not seat.broken:
-            job.unstarted += 1  # while idle, or before the batch: only a series of them speaks against it
-            if job.unstarted < _UNSTARTED_TRIES:
-                return False
-        elif seat.ended_for:
-            job.timeouts += 1
-        else:
-            job.crashes += 1
-        if max(job.timeouts, job.crashes) < 2 and job.unstarted < _UNSTARTED_TRIES:
-            return False
-        faults = f"{'twice' if len(job.faults) == 2 else f'{len(job.faults)} times'}: {'; '.join(job.faults)}."
-        if seat.ended_for:
-            advice = (
-                "Raise timeout= (a worker's first batch includes importing what the dataset needs), or make the source "
-                "and transform give up by themselves."
-            )
-            job.fail(BatchTimeout(f"{job.name} took too long in a worker, {faults} {advice}"))
-            return True
-        advice = (
-            "Load that sample with workers=0 under a debugger; SIGKILL often means that memory ran out (dmesg), "
-            "SIGSEGV a fault in compiled code, whose traceback is on stderr above."
-        )
-        job.fail(WorkerCrashed(f"{job.name} ended its worker {faults} {advice}"))
-        return True
 
     def _give_up(self, text: str) -> None:
         """Fails every queued job; a later request tries afresh."""
@@ -598,7 +496,7 @@ class Dispatcher:
             seat.process.hang_up()
             if seat.jobs or not seat.process.ready:
                 seat.process.kill()  # nobody wants its batch any more
-        deadline = time.monotonic() + _EXIT_GRACE_S
+        deadline = time.monotonic() + EXIT_GRACE_S
         for seat in self._seats:
             seat.process.reap(max(0.0, deadline - time.monotonic()))
         jobs = [*self._queue, *(job for seat in self._seats for _, job in seat.jobs)]

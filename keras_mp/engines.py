@@ -15,9 +15,8 @@ from typing import Any, Protocol
 
 from keras_mp import wire
 from keras_mp.loading import Loaded, Loader, Request, ignore_position
+from keras_mp.messages import Failed, error_of, failed_reply
 from keras_mp.randomness import Seeder, ThreadIsolation, restored_global_state, seed_global_state
-from keras_mp.task import error_of
-from keras_mp.worker import Failed, failed_reply
 
 
 class Engine(Protocol):

@@ -12,9 +12,11 @@ import concurrent.futures
 import copy
 import dataclasses
 import itertools
+import multiprocessing
 import operator
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any, Literal
@@ -142,13 +144,17 @@ class LoadedDataset(keras.utils.PyDataset):
         self._wait_s += time.perf_counter() - started
         self._batches_served += 1
         self._failures.add(loaded.failures)
+        if loaded.failures and isinstance(self._pool, str) and multiprocessing.parent_process() is not None:
+            for failure in loaded.failures:  # in a process of Keras's, from which `failures` reaches nobody
+                warnings.warn(f"keras_mp: left out or replaced: {failure.describe()}", RuntimeWarning, stacklevel=2)
         return loaded.batch
 
     def _request(self, epoch: int, batch: int) -> Request:
         samples = self._plan.samples(epoch, batch)
         if not self._plan.shuffle and self._plan.order is None:
             return Request(epoch, batch, range(int(samples[0]), int(samples[-1]) + 1))
-        return Request(epoch, batch, samples.tolist())
+        repeats = self._plan.repeats(epoch, batch)
+        return Request(epoch, batch, samples.tolist(), () if repeats is None else repeats.tolist())
 
     # -- epochs --------------------------------------------------------------------------------------------------
 

@@ -21,16 +21,21 @@ from keras_mp.wire import short_repr
 
 OnError = Literal["raise", "skip", "replace"]
 
-# The third word of a key for batch-level randomness; sample keys have three words or a count of repeats behind them.
+# What sets the keys of batches, and of samples that come again in the same epoch, apart from those of samples.
 _BATCH_STREAM = 0xBA7C
+_REPEAT_STREAM = 0x4E9E
 
 
 class Request(NamedTuple):
-    """Which batch is wanted: its epoch, its number, and the source indices of its samples in order."""
+    """Which batch is wanted: its epoch, its number, and the source indices of its samples in order.
+
+    `repeats` says, for an order in which samples come more than once, how often each came before in the epoch.
+    """
 
     epoch: int
     batch: int
     samples: Sequence[int]
+    repeats: Sequence[int] = ()
 
 
 class Loaded(NamedTuple):
@@ -97,7 +102,8 @@ class SampleLoader:
         for position, index in enumerate(request.samples):
             note(position)
             row = position if self.on_error == "replace" else len(good)
-            failure = self._put(rows, row, int(index), request, seed)
+            repeat = request.repeats[position] if request.repeats else 0
+            failure = self._put(rows, row, int(index), repeat, request, seed)
             if failure is None:
                 good.append(row)
             else:
@@ -116,13 +122,20 @@ class SampleLoader:
         )
 
     def _put(
-        self, rows: collating.Samples | collating.Stack, row: int, index: int, request: Request, seed: Seeder | None
+        self,
+        rows: collating.Samples | collating.Stack,
+        row: int,
+        index: int,
+        repeat: int,
+        request: Request,
+        seed: Seeder | None,
     ) -> SampleFailure | None:
         """Reads, transforms and stores one sample; returns its failure if the policy allows failing."""
         attempts = self.retries
         while True:
             stage, item = "source", "not read"
-            key = Key(self.seed, request.epoch, index) if self.runs_user_code else None
+            words = (self.seed, request.epoch, index, *((_REPEAT_STREAM, repeat) if repeat else ()))
+            key = Key(*words) if self.runs_user_code else None
             try:
                 if seed is not None and key is not None:
                     seed(key)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 from keras_mp import wire
 from keras_mp.arena import create_memory_file
-from keras_mp.worker import Hello
+from keras_mp.messages import Hello
 
 _STDERR_TAIL_BYTES = 8192
 _THREAD_VARIABLES = (

@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 from keras_mp import wire
 from keras_mp.arena import FINISHED, Arena, Lease, Segment, map_segment
-from keras_mp.errors import KerasMPError, PoolClosed, sample_error
+from keras_mp.errors import KerasMPError, PoolClosed
 from keras_mp.loading import Loaded, Loader, Request
-from keras_mp.worker import Done, Failed, Load
+from keras_mp.messages import Done, Failed, Load, error_of
 
 # Buffers from this size on are kept apart, so that an epoch that changes only an index array does not copy the images.
 _LARGE_BYTES = 1 << 20
@@ -243,22 +243,3 @@ class Job:
     def name(self) -> str:
         """The batch, in words."""
         return f"batch {self.request.batch} of epoch {self.request.epoch}"
-
-
-def error_of(reply: Failed) -> BaseException:
-    """The exception that a worker's `Failed` reply stands for."""
-    cause: BaseException | None = None
-    if reply.error is not None:
-        try:
-            cause = pickle.loads(reply.error)
-        except Exception:  # its class exists in the worker only; the text has its traceback
-            cause = None
-    if reply.failure.stage != "worker":
-        return sample_error(reply.failure, cause, reply.note)
-    which = "" if reply.failure.batch < 0 else f" for batch {reply.failure.batch} of epoch {reply.failure.epoch}"
-    error = KerasMPError(
-        f"{reply.failure.where} could not run the dataset's code{which}: {reply.failure.type}: "
-        f"{reply.failure.message}\n\nTraceback from the worker:\n{reply.failure.traceback}"
-    )
-    error.__cause__ = cause
-    return error

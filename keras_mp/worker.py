@@ -9,7 +9,6 @@ stderr is a memory file, so that a start that fails can be reported with its cau
 
 from __future__ import annotations
 
-import dataclasses
 import faulthandler
 import fcntl
 import os
@@ -20,7 +19,7 @@ import socket
 import sys
 import threading
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,8 +27,9 @@ import numpy.typing as npt
 from keras_mp import wire
 from keras_mp.arena import FINISHED, SlotMemory, map_segment
 from keras_mp.collate import allocating
-from keras_mp.errors import SampleError, SampleFailure
+from keras_mp.errors import SampleFailure
 from keras_mp.loading import Loader, Request, ignore_position
+from keras_mp.messages import EXIT_NO_DESCRIPTOR, Done, Failed, Forget, Hello, Load, Run, failed_reply
 from keras_mp.randomness import seed_global_state
 
 # Frames longer than this go through the slot: the parent reads many workers' sockets, and a pickle in shared memory
@@ -41,76 +41,6 @@ _MAX_SAID_BYTES = 1 << 16
 # Replies to batches that take less are held back while others wait, this many at most.
 _HELD_LOAD_S = 0.0003
 _MOST_HELD = 8
-
-EXIT_NO_DESCRIPTOR = os.EX_TEMPFAIL
-
-
-@dataclasses.dataclass(frozen=True)
-class Hello:
-    """First message to a worker: how its interpreter should look."""
-
-    path: list[str]
-    python_path: str | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Load:
-    """A loader, or a new version of one. Two descriptors come along: the pickle's segment and the large arrays' one.
-
-    `small` and `large` are (offset, bytes) of the out-of-band buffers in the order of the pickle; `order` says from
-    which of the two each comes.
-    """
-
-    task: int
-    version: int
-    pickle: tuple[int, int]
-    small: list[tuple[int, int]]
-    large: list[tuple[int, int]]
-    order: list[bool]
-    sizes: tuple[int, int]
-
-
-class Run(NamedTuple):
-    """A request for one batch. With `slot_size` None there is no slot: the batch goes through the socket.
-
-    `request` is a Request, or the length of its pickle at the start of the slot. A slot the worker has not seen yet
-    comes as a descriptor.
-    """
-
-    job: int
-    task: int
-    slot: int
-    slot_size: int | None
-    request: Request | int
-
-
-@dataclasses.dataclass(frozen=True)
-class Forget:
-    """What will not be used any more: a whole task, or (with numbers) slots of it."""
-
-    task: int
-    slots: tuple[int, ...] | None = None
-
-
-class Done(NamedTuple):
-    """A batch: its pickle, or where that lies; its buffers, or their places; the slot's new size."""
-
-    job: int
-    header: bytes | tuple[int, int]
-    buffers: list[tuple[int, int]] | list[bytes]
-    slot_size: int | None
-    failures: tuple[SampleFailure, ...]
-    load_s: float
-    refused: str = ""
-
-
-class Failed(NamedTuple):
-    """A batch that could not be made; `error` is the pickled exception, where it can be pickled at all."""
-
-    job: int
-    failure: SampleFailure
-    note: str
-    error: bytes | None
 
 
 class _Memory:
@@ -268,30 +198,6 @@ def _encode(job: int, batch: Any, failures: tuple[SampleFailure, ...], memory: _
     payload = [buffer.raw().tobytes() for buffer in buffers]
     size = slot.size if slot is not None else None
     return Done(job, header, payload, size, failures, time.perf_counter() - started, memory.refused or "no slot")
-
-
-def failed_reply(job: int, error: BaseException, request: Request | None = None, stage: str = "worker") -> Failed:
-    """The reply that says `error`, in a form that survives pickling."""
-    if isinstance(error, SampleError):
-        return Failed(job, error.failure, error.note, _dump_exception(error.__cause__))
-    epoch, batch = (-1, -1) if request is None else (request.epoch, request.batch)
-    failure = SampleFailure.of(
-        error, stage=stage, index=None, item="", epoch=epoch, batch=batch, where=f"process {os.getpid()}"
-    )
-    note = " (a batch crosses to the training process by pickle)" if stage == "result" else ""
-    return Failed(job, failure, note, _dump_exception(error))
-
-
-def _dump_exception(error: BaseException | None) -> bytes | None:
-    """The pickled exception, if it survives the way there and back: many do not take their own arguments."""
-    if error is None:
-        return None
-    try:
-        data = wire.dump_result(error, [])
-        pickle.loads(data)
-        return data
-    except Exception:
-        return None
 
 
 def die_with_parent(lifeline: int) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import keras_mp
-from keras_mp import dispatcher
+from keras_mp import dispatcher, seat
 from tests.census import eventually
 from tests.faults import harm as harms
 from tests.faults.common import digests, harmed, undisturbed
@@ -32,7 +32,7 @@ _AT = {"unpickle": "before its first sample", "load": "at sample 13", "write": "
 
 @pytest.fixture(autouse=True)
 def _short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatcher, "_STOPPED_GRACE_S", 0.5)
+    monkeypatch.setattr(seat, "_STOPPED_GRACE_S", 0.5)
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ def test_workers_that_cannot_start_are_an_error(
 ) -> None:
     monkeypatch.setattr(dispatcher, "_START_PATIENCE_S", 1.0)
     if kind == "hang":
-        monkeypatch.setattr(dispatcher, "_START_TIMEOUT_S", 1.0)
+        monkeypatch.setattr(seat, "_START_TIMEOUT_S", 1.0)
     code = f"import sys\nprint('here it goes', file=sys.stderr, flush=True)\n{_striking(Harm(kind, tmp_path, ALWAYS))}"
     with _pool_with(code, tmp_path, workers=2) as pool, harmed("load", None, pool=pool) as dataset:
         with pytest.raises(keras_mp.WorkerCrashed, match="a worker process could not start") as caught:

@@ -1,0 +1,130 @@
+"""What parent and workers say to each other. How it travels is `wire`'s affair.
+
+`Hello` and then `Load`, `Run`, `Forget` go to a worker; its process id (it is ready) and then `Done` or `Failed` come
+back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+from typing import NamedTuple
+
+from keras_mp import wire
+from keras_mp.errors import KerasMPError, SampleError, SampleFailure, sample_error
+from keras_mp.loading import Request
+
+# The exit code of a worker to which the kernel could give no descriptor.
+EXIT_NO_DESCRIPTOR = os.EX_TEMPFAIL
+
+
+@dataclasses.dataclass(frozen=True)
+class Hello:
+    """First message to a worker: how its interpreter should look."""
+
+    path: list[str]
+    python_path: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """A loader, or a new version of one. Two descriptors come along: the pickle's segment and the large arrays' one.
+
+    `small` and `large` are (offset, bytes) of the out-of-band buffers in the order of the pickle; `order` says from
+    which of the two each comes.
+    """
+
+    task: int
+    version: int
+    pickle: tuple[int, int]
+    small: list[tuple[int, int]]
+    large: list[tuple[int, int]]
+    order: list[bool]
+    sizes: tuple[int, int]
+
+
+class Run(NamedTuple):
+    """A request for one batch. With `slot_size` None there is no slot: the batch goes through the socket.
+
+    `request` is a Request, or the length of its pickle at the start of the slot. A slot the worker has not seen yet
+    comes as a descriptor.
+    """
+
+    job: int
+    task: int
+    slot: int
+    slot_size: int | None
+    request: Request | int
+
+
+@dataclasses.dataclass(frozen=True)
+class Forget:
+    """What will not be used any more: a whole task, or (with numbers) slots of it."""
+
+    task: int
+    slots: tuple[int, ...] | None = None
+
+
+class Done(NamedTuple):
+    """A batch: its pickle, or where that lies; its buffers, or their places; the slot's new size."""
+
+    job: int
+    header: bytes | tuple[int, int]
+    buffers: list[tuple[int, int]] | list[bytes]
+    slot_size: int | None
+    failures: tuple[SampleFailure, ...]
+    load_s: float
+    refused: str = ""
+
+
+class Failed(NamedTuple):
+    """A batch that could not be made; `error` is the pickled exception, where it can be pickled at all."""
+
+    job: int
+    failure: SampleFailure
+    note: str
+    error: bytes | None
+
+
+def failed_reply(job: int, error: BaseException, request: Request | None = None, stage: str = "worker") -> Failed:
+    """The reply that says `error`, in a form that survives pickling."""
+    if isinstance(error, SampleError):
+        return Failed(job, error.failure, error.note, _dump_exception(error.__cause__))
+    epoch, batch = (-1, -1) if request is None else (request.epoch, request.batch)
+    failure = SampleFailure.of(
+        error, stage=stage, index=None, item="", epoch=epoch, batch=batch, where=f"process {os.getpid()}"
+    )
+    note = " (a batch crosses to the training process by pickle)" if stage == "result" else ""
+    return Failed(job, failure, note, _dump_exception(error))
+
+
+def _dump_exception(error: BaseException | None) -> bytes | None:
+    """The pickled exception, if it survives the way there and back: many do not take their own arguments."""
+    if error is None:
+        return None
+    try:
+        data = wire.dump_result(error, [])
+        pickle.loads(data)
+        return data
+    except Exception:
+        return None
+
+
+def error_of(reply: Failed) -> BaseException:
+    """The exception that a worker's `Failed` reply stands for."""
+    cause: BaseException | None = None
+    if reply.error is not None:
+        try:
+            cause = pickle.loads(reply.error)
+        except Exception:  # its class exists in the worker only; the text has its traceback
+            cause = None
+    if reply.failure.stage != "worker":
+        return sample_error(reply.failure, cause, reply.note)
+    which = "" if reply.failure.batch < 0 else f" for batch {reply.failure.batch} of epoch {reply.failure.epoch}"
+    error = KerasMPError(
+        f"{reply.failure.where} could not run the dataset's code{which}: {reply.failure.type}: "
+        f"{reply.failure.message}\n\nTraceback from the worker:\n{reply.failure.traceback}"
+    )
+    error.__cause__ = cause
+    return error
