@@ -18,6 +18,7 @@ import errno
 import mmap
 import os
 import pickle
+import sys
 import tempfile
 from collections.abc import Sequence
 from typing import Any
@@ -28,6 +29,9 @@ import numpy.typing as npt
 from keras_mp import wire
 
 CONTROL_BYTES = 64
+
+# Before Python 3.13 each mapping costs a descriptor of its own.
+_KEEP_NO_DESCRIPTOR: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
 # What the first control word says when it is no position in the batch.
 NOT_STARTED = -1
 FINISHED = -2
@@ -74,7 +78,7 @@ class Slot:
         if self._map is None or self._map.nbytes < self.size:
             if self.fd < 0:  # mmap would take it for anonymous memory
                 raise OSError(errno.EBADF, "the slot has been closed")
-            self._map = np.frombuffer(mmap.mmap(self.fd, self.size), dtype=np.uint8)
+            self._map = _map(self.fd, self.size)
         return self._map
 
     def write(self, data: bytes) -> None:
@@ -219,7 +223,7 @@ class SlotMemory:
         if self.size != size or len(self._maps) != 1:
             self.size, self._control = 0, None
             self._maps.clear()
-            self._maps.append((0, np.frombuffer(mmap.mmap(self._fd, size), dtype=np.uint8)))
+            self._maps.append((0, _map(self._fd, size)))
             self.size = size
             self._control = self._maps[0][1][:CONTROL_BYTES].view(np.int64)
         self._end = CONTROL_BYTES
@@ -246,7 +250,7 @@ class SlotMemory:
             start = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
             new_size = round_to_page(offset + size + size // 8)
             os.ftruncate(self._fd, new_size)
-            memory = np.frombuffer(mmap.mmap(self._fd, new_size - start, offset=start), dtype=np.uint8)
+            memory = _map(self._fd, new_size - start, offset=start)
             self._maps.append((start, memory))
             self.size = new_size
         self._end = offset + size
@@ -323,7 +327,11 @@ class Segment:
 
 def map_segment(fd: int, size: int) -> npt.NDArray[np.uint8]:
     """A segment as read-only bytes."""
-    return np.frombuffer(mmap.mmap(fd, size, access=mmap.ACCESS_READ), dtype=np.uint8)
+    return _map(fd, size, access=mmap.ACCESS_READ)
+
+
+def _map(fd: int, size: int, **options: int) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(mmap.mmap(fd, size, **options, **_KEEP_NO_DESCRIPTOR), dtype=np.uint8)
 
 
 def _write_all(fd: int, data: memoryview, offset: int) -> None:

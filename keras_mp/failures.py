@@ -59,6 +59,11 @@ class FailureLog:
                     f"{failure.where}:\n{failure.traceback}"
                 )
 
+    def tell_all(self) -> None:
+        """`tell` for every epoch that has not been told."""
+        for epoch in sorted(self._seen):
+            self.tell(epoch)
+
     def tell(self, epoch: int) -> None:
         """Warns the user, once, of what failed in `epoch`, which is over."""
         count = len(self._seen.pop(epoch, ()))

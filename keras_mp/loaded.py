@@ -67,7 +67,12 @@ class LoadedDataset(keras.utils.PyDataset):
         checks.check_pool(pool)
         max_queue_size = checks.check_count(max_queue_size, "max_queue_size")
         if isinstance(pool, WorkerPool):
-            workers = pool.workers if workers is None else workers
+            if workers not in (None, pool.workers) or not use_multiprocessing:
+                raise ValueError(
+                    f"pool={pool!r} decides how batches are loaded, but workers={workers!r} and use_multiprocessing="
+                    f"{use_multiprocessing!r} were given as well; leave them out"
+                )
+            workers = pool.workers
         if pool is not None and workers == 0:
             raise ValueError(f"workers=0 loads in-process, but pool={pool!r} was given as well; leave one of them out")
         self._num_workers = check_workers(workers)
@@ -222,12 +227,17 @@ class LoadedDataset(keras.utils.PyDataset):
         """
         ahead = self._new_read_ahead(self._keys(epochs))
         keys = self._keys(epochs)
-        self.set_epoch(self._tracker.epoch + epochs)
+        epoch = self._tracker.epoch
+        self.set_epoch(epoch + epochs)
         try:
             for key in keys:
+                if key[0] != epoch:
+                    self._failures.tell(epoch)
+                    epoch = key[0]
                 yield self._served(ahead.get, key)
         finally:
             ahead.drop()
+            self._failures.tell(epoch)
 
     def _keys(self, epochs: int) -> Iterator[tuple[int, int]]:
         """(epoch, batch) of every batch in what is left of this epoch and the `epochs - 1` after it."""
@@ -290,7 +300,7 @@ class LoadedDataset(keras.utils.PyDataset):
                 del runtime
                 if pool() is None:
                     end()  # this was its last dataset: come back when its workers are gone
-        self._failures.tell(self.epoch)
+        self._failures.tell_all()
 
     def __enter__(self) -> LoadedDataset:
         return self

@@ -84,6 +84,7 @@ def export(dataset: LoadedDataset, epochs: int, prefetch: int | None, element_sp
     total = epochs * dataset._plan.num_batches
     streams: dict[int, Generator[Any]] = {}
     numbers = itertools.count()
+    plain = tf.autograph.experimental.do_not_convert  # nothing in these functions needs AutoGraph's rewriting
 
     def opened() -> Iterator[tuple[int, int]]:
         """Yields a new stream's number and length, once; TensorFlow drops this generator when its iterator is gone."""
@@ -103,10 +104,10 @@ def export(dataset: LoadedDataset, epochs: int, prefetch: int | None, element_sp
         def batch(_: tf.Tensor) -> Any:
             return spec.pack(tf.numpy_function(take, [number], [leaf.dtype for _, leaf in spec.leaves]))
 
-        return tf.data.Dataset.range(count).map(batch)
+        return tf.data.Dataset.range(count).map(plain(batch))
 
     scalar = tf.TensorSpec((), tf.int64)
-    streamed = tf.data.Dataset.from_generator(opened, output_signature=(scalar, scalar)).flat_map(batches)
+    streamed = tf.data.Dataset.from_generator(opened, output_signature=(scalar, scalar)).flat_map(plain(batches))
     if not resumed:  # else the first iteration is shorter than those after it
         streamed = streamed.apply(tf.data.experimental.assert_cardinality(total))
     return streamed.prefetch(tf.data.AUTOTUNE if prefetch is None else prefetch)
