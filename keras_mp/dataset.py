@@ -223,12 +223,7 @@ class PoolDataset(LoadedDataset):
     @property
     def _batch_axis(self) -> int | None:
         plan, loader = self._plan, self._loader
-        if (
-            not isinstance(loader, SampleLoader)
-            or loader.on_error == "skip"
-            or loader.collate
-            or loader.batch_transform
-        ):
+        if not isinstance(loader, SampleLoader) or loader.on_error == "skip" or loader.collate:
             return None
         whole = plan.drop_remainder or plan.epoch_length % (plan.batch_size * plan.num_shards) == 0
         return plan.batch_size if whole else None

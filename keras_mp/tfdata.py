@@ -121,7 +121,9 @@ def _spec_of(dataset: LoadedDataset) -> Any:
     def leaf_spec(path: str, leaf: Any) -> tf.TensorSpec:
         array = np.asarray(leaf)
         try:
-            return tf.TensorSpec((axis, *array.shape[1:]) if array.ndim else (), _tf_dtype(array))
+            # A leaf of another length than the batch is of `batch_transform`'s making, and may vary.
+            first = axis if array.shape[:1] == (axis,) else None
+            return tf.TensorSpec((first, *array.shape[1:]) if array.ndim else (), _tf_dtype(array))
         except TypeError as error:
             raise KerasMPError(
                 f"batch{path} has dtype {array.dtype}, which TensorFlow does not know: {error}"

@@ -261,3 +261,19 @@ def test_a_failing_sample_reaches_the_consumer_with_its_traceback(pool: keras_mp
         assert "transform failed on sample 7" in text
         assert "seven is broken" in text
         assert "fail_on_seven" in text
+
+
+def _padded(batch: Any) -> Any:
+    """A batch function whose second leaf is longer than the batch, and varies."""
+    return batch, np.repeat(batch, 2 + int(batch[0]) % 3)
+
+
+def test_the_batch_axis_is_static_where_it_is_the_batchs() -> None:
+    with keras_mp.PoolDataset(
+        np.arange(12), batch_transform=_padded, batch_size=4, drop_remainder=True, workers=0
+    ) as dataset:
+        export = dataset.to_tf_dataset()
+        batch, repeated = export.element_spec
+        assert batch.shape == (4,)
+        assert repeated.shape.as_list() == [None]
+        assert [r.shape.as_list() for _, r in export] == [[8], [12], [16]]

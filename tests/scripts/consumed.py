@@ -97,7 +97,8 @@ def main() -> None:
     records = {f"{kind}/{name}": run(options, name) for kind, options in KINDS.items() for name in FITS}
     records["processes/twice"] = run(KINDS["processes"], "default", fits=2)
     if keras.backend.backend() == "tensorflow":
-        records["keras/unshuffled"] = run({"workers": 2, "pool": "keras"}, "unshuffled")
+        for name in ("unshuffled", "default"):
+            records[f"keras/{name}"] = run({"workers": 2, "pool": "keras"}, name)
     reference = dataset(workers=0)
     records["reference"] = {
         "epochs": [[sorted(np.argmax(x, axis=1).tolist()) for x, _ in reference] for _ in range(6)],
