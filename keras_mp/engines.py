@@ -22,6 +22,10 @@ from keras_mp.randomness import Seeder, ThreadIsolation, restored_global_state, 
 class Engine(Protocol):
     """A place where batches are loaded."""
 
+    @property
+    def is_quick(self) -> bool:
+        """Whether a batch takes no longer than asking for it, so that requests had better travel together."""
+
     def submit(self, requests: Sequence[Request]) -> Sequence[Any]:
         """Asks for batches; returns a handle for each."""
 
@@ -52,6 +56,8 @@ def load_alone(loader: Loader, request: Request) -> Loaded:
 class InlineEngine:
     """Loads in the calling thread, when the batch is asked for."""
 
+    is_quick = False
+
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
 
@@ -80,6 +86,8 @@ class ExecutorEngine:
     Threads share the loader. Any other executor gets it pickled with every request, and its workers keep it unpickled;
     what that costs is the executor's affair.
     """
+
+    is_quick = False
 
     def __init__(self, executor: concurrent.futures.Executor, loader: Loader, owned: bool) -> None:
         self._executor = executor

@@ -246,12 +246,7 @@ class LoadedDataset(keras.utils.PyDataset):
         return itertools.chain(((epoch, batch) for batch in batches), later)
 
     def _new_read_ahead(self, plan: Iterator[tuple[int, int]]) -> ReadAhead:
-        return self._read_ahead_on(self._running().engine, plan)
-
-    def _read_ahead_on(self, engine: Engine, plan: Iterator[tuple[int, int]]) -> ReadAhead:
-        # Refilled in bursts, workers are woken for several small batches at once; but none may find the queue empty.
-        burst = max(1, min(self._depth // 2, self._depth - 2 * self._num_workers))
-        return ReadAhead(engine, self._request, self._depth, plan, burst)
+        return ReadAhead(self._running().engine, self._request, self._depth, plan)
 
     def _peek(self) -> Any:
         """The first batch of the current epoch, without a trace in the record of what Keras has asked for."""
@@ -345,7 +340,7 @@ class LoadedDataset(keras.utils.PyDataset):
             if type(source) is np.ndarray and (shared := engine.shared_view(source)) is not None:
                 self._loader = copy.copy(self._loader)
                 self._loader.source = shared  # the original may go, if the user does not keep it
-        return _Runtime(engine, self._read_ahead_on(engine, iter(())), pool)
+        return _Runtime(engine, ReadAhead(engine, self._request, self._depth), pool)
 
     def _workers_text(self) -> str:
         if isinstance(self._pool, str):

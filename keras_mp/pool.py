@@ -122,6 +122,11 @@ class PoolClient:
         self._finalizer = weakref.finalize(self, _close_later, self._dispatcher, task)
         self._finalizer.atexit = False
 
+    @property
+    def is_quick(self) -> bool:
+        """See `engines.Engine`."""
+        return self._task.is_quick
+
     def submit(self, requests: Sequence[Request]) -> list[Job]:
         """Queues requests."""
         return self._dispatcher.submit(self._task, requests)

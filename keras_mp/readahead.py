@@ -24,7 +24,6 @@ class ReadAhead:
         request: makes the request for (epoch, batch).
         depth: batches in flight at most, finished ones included; 0 asks for none ahead.
         plan: the keys that will be asked for, in order.
-        burst: how many are requested at once.
     """
 
     def __init__(
@@ -33,12 +32,10 @@ class ReadAhead:
         request: Callable[[int, int], Request],
         depth: int,
         plan: Iterator[Key] | None = None,
-        burst: int = 1,
     ) -> None:
         self._engine = engine
         self._request = request
         self._depth = depth
-        self._burst = burst
         self._plan = iter(()) if plan is None else plan
         self._handles: dict[Key, Any] = {}
         self._aside: dict[Key, Any] = {}  # requested along the last plan; may yet be asked for
@@ -69,8 +66,8 @@ class ReadAhead:
             self._fill()
 
     def _fill(self) -> None:
-        if len(self._handles) > self._depth - self._burst:
-            return
+        if self._engine.is_quick and len(self._handles) > self._depth // 2:
+            return  # wait until several can be requested at once
         new: dict[Key, None] = {}
         while len(self._handles) + len(new) < self._depth:
             key = next(self._plan, None)

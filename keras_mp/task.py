@@ -124,7 +124,12 @@ class Task:
     @property
     def depth(self) -> int:
         """How many of this task's requests one worker may hold at once."""
-        return _SHORT_DEPTH if self.mean_load_s < _SHORT_LOAD_S else 1
+        return _SHORT_DEPTH if self.is_quick else 1
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether loading a batch takes little time."""
+        return self.mean_load_s < _SHORT_LOAD_S
 
     def note_load(self, load_s: float) -> None:
         """Takes a batch's loading time into the running mean."""

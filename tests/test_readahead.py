@@ -16,6 +16,8 @@ from keras_mp.readahead import Key, ReadAhead
 class _Engine:
     """Records what is asked of it."""
 
+    is_quick = False
+
     def __init__(self) -> None:
         self.submitted: list[Key] = []
         self.cancelled: list[Key] = []
