@@ -333,6 +333,8 @@ class Dispatcher:
         if not seat.jobs:
             seat.head_since = time.monotonic()
         seat.jobs.append((number, job))
+        if job.lease is not None:
+            job.lease.restart()  # first of all: what an earlier worker noted there must not count against it again
         try:
             self._trim(task)
             if seat.versions.get(task.number) != task.version:
@@ -375,7 +377,6 @@ class Dispatcher:
         try:
             if job.lease is None:
                 job.lease = job.task.arena.acquire()
-            job.lease.restart()  # what an earlier worker noted there is history
             if len(job.request.samples) > _INLINE_SAMPLES:
                 data = pickle.dumps(job.request, protocol=5)
                 job.lease.slot.write(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import signal
@@ -17,6 +18,7 @@ import pytest
 
 import keras_mp
 from keras_mp import pool as pools
+from keras_mp.loading import Request, SampleLoader
 from tests import transforms
 from tests.census import eventually, worker_pids
 
@@ -368,3 +370,42 @@ def test_a_large_source_is_in_memory_once() -> None:
         np.testing.assert_array_equal(dataset[0], before)
         np.testing.assert_array_equal(again[0], np.arange(512, 1024).reshape(-1, 8))
         again.close()
+
+
+def _is_zombie(process: psutil.Process) -> bool:
+    return bool(process.status() == psutil.STATUS_ZOMBIE)
+
+
+class _BlocksOnce:
+    """Says that it is at its third sample, and stays there the first time."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def __call__(self, value: int) -> int:
+        if value == 2 and not self.place.exists():
+            self.place.touch()
+            threading.Event().wait()
+        return value
+
+
+def test_a_worker_that_died_idle_is_not_held_against_a_batch_that_killed_another(tmp_path: Path) -> None:
+    """The batch is handed to the dead one before its end is known; it has not begun there."""
+    with keras_mp.WorkerPool(2) as pool:
+        warm = pool.client(SampleLoader(range(8)))
+        for job in warm.submit([Request(0, batch, range(4)) for batch in range(2)]):
+            warm.result(job)
+        eventually(lambda: len(pool.stats()["pids"]) == 2)
+        client = pool.client(SampleLoader(range(8), _BlocksOnce(tmp_path / "there")))
+        (job,) = client.submit([Request(0, 0, range(4))])
+        eventually((tmp_path / "there").exists)
+        dispatcher = pool._dispatcher
+        with dispatcher._lock:
+            busy, idle = sorted(dispatcher._seats, key=lambda seat: not seat.jobs)
+            for seat in (busy, idle):
+                os.kill(seat.process.pid, signal.SIGKILL)
+                process = psutil.Process(seat.process.pid)
+                eventually(functools.partial(_is_zombie, process))
+        assert client.result(job).batch.tolist() == [0, 1, 2, 3]
+        client.close()
+        warm.close()
