@@ -10,6 +10,7 @@ deleted after that. So whenever the process is killed, there is one whole backup
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -141,7 +142,10 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
 
     def on_train_end(self, logs: Any = None) -> None:
         if self.delete_checkpoint:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            for path in self._folder.glob("backup-*"):
+                shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):  # something else is in it, or it never came to be
+                self._folder.rmdir()
 
     def _remember_counters(self) -> None:
         """Keeps what the step after the last one of a resumed epoch will change.
