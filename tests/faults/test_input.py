@@ -77,7 +77,7 @@ _GOOD: dict[str, list[Any]] = {
     "complex": [1j, 2.0, 3],
     "strings of other lengths": ["a", "bcd", ""],
     "bytes with zeros at the end": [b"a\0", b"\0\0", b""],
-    "dates": [np.datetime64("2020-01-01"), np.datetime64("2021-01-01T12:00"), np.datetime64("NaT")],
+    "dates": [np.datetime64("2020-01-01"), np.datetime64("2021-01-01T12:00"), np.datetime64("NaT", "s")],
     "0-d arrays": [np.array(1.0), np.array(2.0), np.array(3.0)],
     "zero-size arrays": [np.empty((0, 3)), np.empty((0, 3)), np.empty((0, 3))],
     "non-contiguous": [_rng.random((6, 8))[::2, ::-3] for _ in range(3)],
