@@ -100,10 +100,9 @@ class Batching:
         return earlier if earlier.any() else None
 
     def _custom_order(self, epoch: int) -> Indices:
-        assert_order = self.order
-        if assert_order is None:
+        if self.order is None:
             raise ValueError("no custom order was given")
-        order = _evaluate_order(assert_order, self.seed, epoch, self.length)
+        order = _evaluate_order(self.order, self.seed, epoch, self.length)
         known = self.__dict__.get("epoch_length")
         if known is not None and len(order) != known:
             raise ValueError(

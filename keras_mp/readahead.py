@@ -60,11 +60,6 @@ class ReadAhead:
             self._fill()
         return self._engine.result(handle)
 
-    def fill(self) -> None:
-        """Requests what the plan says comes next, up to the depth."""
-        with self._lock:
-            self._fill()
-
     def _fill(self) -> None:
         if self._engine.is_quick and len(self._handles) > self._depth // 2:
             return  # wait until several can be requested at once

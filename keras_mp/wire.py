@@ -62,7 +62,7 @@ def dump_user_object(value: Any, name: str, buffers: Buffers | None = None) -> b
     except Exception as error:
         raise KerasMPError(
             f"{name} cannot be sent to worker processes: {type(error).__name__}: {error}\n"
-            f"Received {name}={_short(value)}. Create what cannot be pickled (open files, locks, database handles, "
+            f"Received {name}={short_repr(value)}. Create what cannot be pickled (open files, locks, database handles, "
             "generators) inside the transform, at its first call in the worker; or use workers=0 or "
             "use_multiprocessing=False, which send nothing."
         ) from error
@@ -133,15 +133,13 @@ def _open_memmap(path: str, start: int, dtype: np.dtype[Any], shape: tuple[int, 
     return np.ndarray(shape, dtype, buffer=data, strides=strides)
 
 
-def _short(value: Any, limit: int = 200) -> str:
+def short_repr(value: Any, limit: int = 200) -> str:
+    """`repr`, cut to `limit` characters; never fails."""
     try:
         text = repr(value)
     except Exception as error:  # a repr of the user's that fails must not hide the failure being reported
         text = f"<{type(value).__name__} whose repr raised {type(error).__name__}>"
     return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-short_repr = _short
 
 
 def place_buffers(buffers: Sequence[pickle.PickleBuffer], start: int = 0) -> tuple[list[tuple[int, int]], int]:

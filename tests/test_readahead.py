@@ -60,7 +60,7 @@ def _plan(*batches: int, epoch: int = 0) -> Iterator[Key]:
 def test_reads_ahead_along_the_plan_up_to_the_depth() -> None:
     engine = _Engine()
     ahead = ReadAhead(engine, _request, 3, _plan(*range(10)))
-    ahead.fill()
+    ahead._fill()
     assert engine.submitted == [(0, 0), (0, 1), (0, 2)]
     for batch in range(10):
         assert ahead.get((0, batch)).batch == (0, batch)
@@ -119,7 +119,7 @@ def test_drop_cancels_everything_and_forgets_the_plan() -> None:
     ahead.drop()
     assert not engine.pending
     before = len(engine.submitted)
-    ahead.fill()
+    ahead._fill()
     assert len(engine.submitted) == before
     assert ahead.get((1, 0)).batch == (1, 0)
 
