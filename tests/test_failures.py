@@ -45,7 +45,9 @@ def test_each_failure_is_listed_once_and_told(how: str, workers: int) -> None:
         warnings.simplefilter("always", RuntimeWarning)
         with dataset(workers=workers) as train:
             _CONSUME[how](train)
-            eventually(lambda: len(told) >= (2 if "two epochs" in how else 1))  # at the end of the epoch, not at close
+            assert eventually(
+                lambda: len(told) >= (2 if "two epochs" in how else 1)
+            )  # at the end of the epoch, not at close
             failures = [failure for failure in train.failures if failure.epoch == 0]
     assert sorted((f.index, f.type, f.message) for f in failures) == [
         (7, "ValueError", "7.0 is broken"),

@@ -395,17 +395,17 @@ def test_a_worker_that_died_idle_is_not_held_against_a_batch_that_killed_another
         warm = pool.client(SampleLoader(range(8)))
         for job in warm.submit([Request(0, batch, range(4)) for batch in range(2)]):
             warm.result(job)
-        eventually(lambda: len(pool.stats()["pids"]) == 2)
+        assert eventually(lambda: len(pool.stats()["pids"]) == 2)
         client = pool.client(SampleLoader(range(8), _BlocksOnce(tmp_path / "there")))
         (job,) = client.submit([Request(0, 0, range(4))])
-        eventually((tmp_path / "there").exists)
+        assert eventually((tmp_path / "there").exists)
         dispatcher = pool._dispatcher
         with dispatcher._lock:
             busy, idle = sorted(dispatcher._seats, key=lambda seat: not seat.jobs)
             for seat in (busy, idle):
                 os.kill(seat.process.pid, signal.SIGKILL)
                 process = psutil.Process(seat.process.pid)
-                eventually(functools.partial(_is_zombie, process))
+                assert eventually(functools.partial(_is_zombie, process))
         assert client.result(job).batch.tolist() == [0, 1, 2, 3]
         client.close()
         warm.close()
