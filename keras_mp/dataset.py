@@ -257,14 +257,23 @@ class _ParallelDataset(LoadedDataset):
             self._tell("on_epoch_end")
         super().set_epoch(epoch)
 
-    def _stream(self, epochs: int) -> Generator[Any]:
-        for _ in range(epochs):  # an epoch's batches depend on a hook called after the last one's
-            yield from self
+    def _stream(self, epochs: int, convert: Callable[[Any], Any], together: int) -> Generator[list[Any]]:
+        if self._hook("on_epoch_end") is None:
+            yield from super()._stream(epochs, convert, together)
+            return
+        for _ in range(epochs):  # an epoch's batches depend on the hook, which is called after the last one's
+            for batch in self:
+                yield [convert(batch)]
+
+    def _hook(self, name: str) -> Callable[[], Any] | None:
+        """A hook of the user's object, if it has one that does something."""
+        call: Callable[[], Any] | None = getattr(self._batches, name, None)
+        return None if getattr(call, "__func__", None) is getattr(keras.utils.PyDataset, name) else call
 
     def _tell(self, hook: str) -> None:
         """Calls a hook of the user's object in this process, then gives the workers the state it left behind."""
-        call = getattr(self._batches, hook, None)
-        if call is None or getattr(call, "__func__", None) is getattr(keras.utils.PyDataset, hook):
+        call = self._hook(hook)
+        if call is None:
             return
         call()
         if self._runtime is not None:

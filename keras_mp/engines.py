@@ -29,6 +29,9 @@ class Engine(Protocol):
     def submit(self, requests: Sequence[Request]) -> Sequence[Any]:
         """Asks for batches; returns a handle for each."""
 
+    def is_ready(self, handle: Any) -> bool:
+        """Whether `result` would return, or raise, at once."""
+
     def result(self, handle: Any) -> Loaded:
         """Waits for the batch of `handle`. Once for each handle."""
 
@@ -64,6 +67,9 @@ class InlineEngine:
     def submit(self, requests: Sequence[Request]) -> Sequence[Request]:
         return requests
 
+    def is_ready(self, handle: Request) -> bool:
+        return False
+
     def result(self, handle: Request) -> Loaded:
         return load_alone(self._loader, handle)
 
@@ -98,6 +104,9 @@ class ExecutorEngine:
 
     def submit(self, requests: Sequence[Request]) -> list[concurrent.futures.Future[Any]]:
         return [self._executor.submit(self._load, request) for request in requests]
+
+    def is_ready(self, handle: concurrent.futures.Future[Any]) -> bool:
+        return handle.done()
 
     def result(self, handle: concurrent.futures.Future[Any]) -> Loaded:
         reply = handle.result()

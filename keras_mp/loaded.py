@@ -220,21 +220,37 @@ class LoadedDataset(keras.utils.PyDataset):
 
         return tfdata.export(self, checks.check_count(epochs, "epochs"), prefetch, element_spec)
 
-    def _stream(self, epochs: int) -> Generator[Any]:
+    def _stream(self, epochs: int, convert: Callable[[Any], Any], together: int) -> Generator[list[Any]]:
         """The batches of the next `epochs` epochs, read ahead across their boundaries too.
 
         They are this stream's from now on: the next stream or pass takes the epoch after them.
+
+        Args:
+            epochs: how many.
+            convert: applied to each batch.
+            together: batches in one list at most. Only those that are ready join the first; none waits for another.
         """
         ahead = self._new_read_ahead(self._keys(epochs))
         keys = self._keys(epochs)
         epoch = self._tracker.epoch
         self.set_epoch(epoch + epochs)
+        batches: list[Any] = []
         try:
             for key in keys:
+                if batches and (len(batches) == together or not ahead.is_ready(key)):
+                    yield batches
+                    batches = []
                 if key[0] != epoch:
                     self._failures.tell(epoch)
                     epoch = key[0]
-                yield self._served(ahead.get, key)
+                try:
+                    batches.append(convert(self._served(ahead.get, key)))
+                except Exception:
+                    if batches:
+                        yield batches  # those before it come out first
+                    raise
+            if batches:
+                yield batches
         finally:
             ahead.drop()
             self._failures.tell(epoch)

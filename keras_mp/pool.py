@@ -131,6 +131,10 @@ class PoolClient:
         """Queues requests."""
         return self._dispatcher.submit(self._task, requests)
 
+    def is_ready(self, job: Job) -> bool:
+        """Whether the job has its answer."""
+        return job.done
+
     def result(self, job: Job) -> Loaded:
         """Waits for the job and takes its batch."""
         self._dispatcher.wait(job)

@@ -60,6 +60,12 @@ class ReadAhead:
             self._fill()
         return self._engine.result(handle)
 
+    def is_ready(self, key: Key) -> bool:
+        """Whether the batch of `key` has been requested and has come."""
+        with self._lock:
+            handle = self._handles.get(key)
+            return handle is not None and self._engine.is_ready(handle)
+
     def _fill(self) -> None:
         if self._engine.is_quick and len(self._handles) > self._depth // 2:
             return  # wait until several can be requested at once

@@ -1,12 +1,14 @@
 """Export to `tf.data`: the only module that imports tensorflow.
 
-One Python call a batch: it takes the next batch that the read-ahead has ready and hands TensorFlow the arrays, which it
-aliases, because they are aligned and have the dtype it expects. The parallel work is done by then, in the workers, so
-nothing here needs TensorFlow's own parallel map.
+A Python call takes the next batch that the read-ahead has ready and hands TensorFlow the arrays, which it aliases,
+because they are aligned and have the dtype it expects. The parallel work is done by then, in the workers, so nothing
+here needs TensorFlow's own parallel map. Of small batches, for which such a call is the greater part of the work, it
+takes as many as are ready.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,7 @@ import numpy as np
 
 from keras_mp.checks import check_count
 from keras_mp.errors import KerasMPError
+from keras_mp.pool import usable_cores
 
 try:
     import tensorflow as tf
@@ -25,6 +28,10 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from keras_mp.loaded import LoadedDataset
+
+# One call into Python takes this many batches at most, and bytes.
+_MOST_TOGETHER = 8
+_BYTES_TOGETHER = 1 << 20
 
 
 class _Spec:
@@ -68,6 +75,10 @@ class _Spec:
             array = array.astype(array.dtype.newbyteorder("="))
         return array
 
+    def nothing(self) -> list[np.ndarray[Any, Any]]:
+        """Leaves of the right dtypes, for a batch that nobody will look at."""
+        return [np.empty(0, leaf.dtype.as_numpy_dtype) for _, leaf in self.leaves]
+
     def pack(self, tensors: list[Any]) -> Any:
         """The tensors in the structure of the spec, with the shapes it promises."""
         for tensor, (_, spec) in zip(tensors, self.leaves, strict=True):
@@ -79,7 +90,12 @@ def export(dataset: LoadedDataset, epochs: int, prefetch: int | None, element_sp
     """See `PoolDataset.to_tf_dataset`."""
     if prefetch is not None and prefetch != tf.data.AUTOTUNE:
         prefetch = check_count(prefetch, "prefetch", 0)
-    spec = _Spec(_tuples(element_spec) if element_spec is not None else _spec_of(dataset))
+    together = 1
+    if element_spec is None:
+        first = _tuples(dataset._peek())
+        together = _together(first)
+        element_spec = _spec_of(first, dataset._batch_axis)
+    spec = _Spec(_tuples(element_spec))
     resumed = len(dataset) != dataset._plan.num_batches
     total = epochs * dataset._plan.num_batches
     streams: dict[int, Generator[Any]] = {}
@@ -90,33 +106,56 @@ def export(dataset: LoadedDataset, epochs: int, prefetch: int | None, element_sp
         """Yields a new stream's number and length, once; TensorFlow drops this generator when its iterator is gone."""
         number = next(numbers)
         count = total - dataset._plan.num_batches + len(dataset)
-        stream = streams[number] = dataset._stream(epochs)
+        stream = streams[number] = dataset._stream(epochs, spec.convert, together)
         try:
             yield number, count
         finally:
             del streams[number]
             stream.close()
 
-    def take(number: np.int64) -> list[np.ndarray[Any, Any]]:
-        return spec.convert(next(streams[int(number)]))
+    def take(number: np.int64) -> list[Any]:
+        """How many batches there are (0: no more), and their leaves, filled up with the last batch again."""
+        taken = next(streams[int(number)], [])
+        filled = taken + [taken[-1] if taken else spec.nothing()] * (together - len(taken))
+        return [np.int64(len(taken)), *(leaf for leaves in filled for leaf in leaves)]
+
+    def call(number: tf.Tensor) -> Any:
+        count, *leaves = tf.numpy_function(take, [number], [tf.int64, *[leaf.dtype for _, leaf in spec.leaves] * together])
+        count.set_shape(())
+        width = len(spec.leaves)
+        return count, *(spec.pack(leaves[start : start + width]) for start in range(0, len(leaves), width))
+
+    def apart(count: tf.Tensor, *group: Any) -> tf.data.Dataset:
+        single = [tf.data.Dataset.from_tensors(batch) for batch in group]
+        return functools.reduce(tf.data.Dataset.concatenate, single).take(count)
 
     def batches(number: tf.Tensor, count: tf.Tensor) -> tf.data.Dataset:
-        def batch(_: tf.Tensor) -> Any:
-            return spec.pack(tf.numpy_function(take, [number], [leaf.dtype for _, leaf in spec.leaves]))
-
-        return tf.data.Dataset.range(count).map(plain(batch))
+        calls = tf.data.Dataset.range(count).map(plain(lambda _: call(number)))
+        if together == 1:
+            return calls.map(plain(lambda _, batch: batch))
+        return calls.take_while(plain(lambda count, *_: count > 0)).flat_map(plain(apart))
 
     scalar = tf.TensorSpec((), tf.int64)
     streamed = tf.data.Dataset.from_generator(opened, output_signature=(scalar, scalar)).flat_map(plain(batches))
     if not resumed:  # else the first iteration is shorter than those after it
         streamed = streamed.apply(tf.data.experimental.assert_cardinality(total))
-    return streamed.prefetch(tf.data.AUTOTUNE if prefetch is None else prefetch)
+    streamed = streamed.prefetch(tf.data.AUTOTUNE if prefetch is None else prefetch)
+    # The call that waits for a batch keeps a thread busy; on threads of their own, it is none of the training's. There is
+    # nothing here to tune, and the tuner's records cost more than a small batch.
+    options = tf.data.Options()
+    options.threading.private_threadpool_size = usable_cores() + 1
+    options.autotune.enabled = False
+    return streamed.with_options(options)
 
 
-def _spec_of(dataset: LoadedDataset) -> Any:
-    """The spec of the dataset's first batch, its batch axis unknown where batches differ."""
-    axis = dataset._batch_axis
-    batch = _tuples(dataset._peek())
+def _together(batch: Any) -> int:
+    """How many batches of this size one call into Python may take."""
+    nbytes = sum(np.asarray(leaf).nbytes for _, leaf in _walk(batch) if leaf is not None)
+    return max(1, min(_MOST_TOGETHER, _BYTES_TOGETHER // max(1, nbytes)))
+
+
+def _spec_of(batch: Any, axis: int | None) -> Any:
+    """The spec of the first batch; of its batch axis if the length is `axis`, else unknown, as batches differ."""
 
     def leaf_spec(path: str, leaf: Any) -> tf.TensorSpec:
         array = np.asarray(leaf)
