@@ -5,7 +5,8 @@ arrays to the consumer without a copy; they stand on a *lease*, and when the las
 slot to its arena (P6). The files have no name, so nothing is left behind whoever is killed when (P4).
 
 Layout of a slot: 64 bytes of control words, then the buffers, each at a multiple of 64 bytes. A worker that needs more
-room extends the file and tells the parent its new size in the reply.
+room extends the file and tells the parent its new size in the reply. The control words say which of the batches in the
+slot the worker is at, and at which sample of it, for the parent to read should the worker die.
 
 NOTE (no lock in a finaliser): a lease may die on any thread, also inside the allocator while a lock is held, so giving
 a slot back is one `deque.append` and nothing else.
@@ -32,9 +33,8 @@ CONTROL_BYTES = 64
 
 # Before Python 3.13 each mapping costs a descriptor of its own.
 _KEEP_NO_DESCRIPTOR: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
-# What the first control word says when it is no position in the batch.
-NOT_STARTED = -1
-FINISHED = -2
+_PLACE, _POSITION = 0, 1  # control words: of the batch in the slot, and of the sample in the batch
+NOT_STARTED = -1  # a position before the first sample
 
 # Free slots kept for reuse beyond those in use: enough that steady state creates none, few enough to give memory back
 # after a consumer that held many batches has let them go.
@@ -134,11 +134,14 @@ class Lease:
 
     def restart(self) -> None:
         """Forgets how far a worker had got."""
-        self._memory[:CONTROL_BYTES].view(np.int64)[0] = NOT_STARTED
+        control = _control_words(self._memory)
+        control[_POSITION] = NOT_STARTED
+        control[_PLACE] = 0
 
-    def position(self) -> int:
-        """The first control word: the position of the sample being processed, or `NOT_STARTED`."""
-        return int(self._memory[:8].view(np.int64)[0])
+    def progress(self) -> tuple[int, int]:
+        """How far the worker is: the place in the slot of the batch it is at, and the position of the sample there."""
+        control = _control_words(self._memory)
+        return control[_PLACE], control[_POSITION]
 
     def decode(self, header: bytes | tuple[int, int], places: Sequence[tuple[int, int]]) -> Any:
         """Unpickles a batch whose buffers lie at `places` (offset, bytes); its arrays alias the slot.
@@ -212,10 +215,10 @@ class SlotMemory:
         self.size = 0
         self._end = CONTROL_BYTES
         self._maps: list[tuple[int, npt.NDArray[np.uint8]]] = []
-        self._control: npt.NDArray[np.int64] | None = None
+        self._control: memoryview | None = None
 
     def begin(self, size: int) -> None:
-        """Starts a batch in a slot that is now `size` bytes long, in one mapping.
+        """Starts anew in a slot that is now `size` bytes long, in one mapping.
 
         Raises:
             OSError: memory is refused.
@@ -225,13 +228,19 @@ class SlotMemory:
             self._maps.clear()
             self._maps.append((0, _map(self._fd, size)))
             self.size = size
-            self._control = self._maps[0][1][:CONTROL_BYTES].view(np.int64)
+            self._control = _control_words(self._maps[0][1])
         self._end = CONTROL_BYTES
 
-    def note_sample(self, position: int) -> None:
-        """Records which sample is being processed, for the parent to read should this process die."""
+    def note_batch(self, place: int) -> None:
+        """Records that the batches before `place` in this slot are ready."""
         if self._control is not None:
-            self._control[0] = position
+            self._control[_POSITION] = NOT_STARTED
+            self._control[_PLACE] = place
+
+    def note_sample(self, position: int) -> None:
+        """Records which sample is being processed."""
+        if self._control is not None:
+            self._control[_POSITION] = position
 
     def read(self, size: int) -> bytes:
         """The `size` bytes behind the control words, also of a slot that could not be mapped."""
@@ -332,6 +341,10 @@ def map_segment(fd: int, size: int) -> npt.NDArray[np.uint8]:
 
 def _map(fd: int, size: int, **options: int) -> npt.NDArray[np.uint8]:
     return np.frombuffer(mmap.mmap(fd, size, **options, **_KEEP_NO_DESCRIPTOR), dtype=np.uint8)
+
+
+def _control_words(memory: npt.NDArray[np.uint8]) -> memoryview:
+    return memory.data[:CONTROL_BYTES].cast("q")
 
 
 def _write_all(fd: int, data: memoryview, offset: int) -> None:

@@ -31,12 +31,14 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from keras_mp import wire
+from keras_mp.arena import Lease
 from keras_mp.errors import KerasMPError, PoolClosed, WorkerCrashed
 from keras_mp.loading import Request
-from keras_mp.messages import Done, Failed, Forget, Run
+from keras_mp.messages import Done, Forget, Reply, Run
 from keras_mp.seat import EXIT_GRACE_S, INNOCENT_EXITS, Seat
 from keras_mp.spawn import Process, worker_environment
-from keras_mp.task import Job, Task
+from keras_mp.task import Bundle, Job, Task
 
 _START_TRIES = 3
 _START_PATIENCE_S = 30.0  # for starts that somebody's SIGKILL ends, say the system's, short of memory
@@ -77,7 +79,7 @@ class Dispatcher:
         self._failed_starts = 0
         self._failing_since = 0.0
         self._start_after = 0.0
-        self._next_job = 0
+        self._next_number = 0
         self._warned = False
         self._warning = ""
         self.closed = False
@@ -200,7 +202,7 @@ class Dispatcher:
                         self._pump()
                         self._start_missing()
                     now = time.monotonic()
-                    if self._queue or any(s.jobs or not s.process.ready for s in self._seats):
+                    if self._queue or any(s.bundles or not s.process.ready for s in self._seats):
                         self._busy_at = now
                     # On for a while: waking this thread for every batch would cost more than a look now and then.
                     self._ticking = now - self._busy_at < 4 * _TICK_S
@@ -229,7 +231,7 @@ class Dispatcher:
             if message is None:
                 break
             with self._lock:
-                if isinstance(message, Done | Failed):
+                if isinstance(message, Reply):
                     self._answer(seat, message)
                 else:
                     seat.process.hello()
@@ -241,36 +243,52 @@ class Dispatcher:
                     self._bury(seat)
                 self._pump()
 
-    def _answer(self, seat: Seat, reply: Done | Failed) -> None:
-        if not seat.jobs or seat.jobs[0][0] != reply.job:  # user code has forked, and the fork answers too
+    def _answer(self, seat: Seat, reply: Reply) -> None:
+        if not seat.bundles or seat.bundles[0].number != reply.number:  # user code has forked, and the fork answers too
             seat.broken = "answered out of turn (does the dataset's code fork?)"
             seat.process.kill()
             return
-        _, job = seat.jobs.popleft()
+        bundle = seat.bundles.popleft()
         seat.head_since = time.monotonic()
-        if job.done:
+        if not self._take_over(bundle, reply.slot_size):
             return
-        if isinstance(reply, Done):
-            job.task.note_load(reply.load_s)
-            if reply.refused:
-                self._warn_no_memory(reply.refused)
-            if job.lease is not None and reply.slot_size is not None:
-                job.lease.slot.size = reply.slot_size
-                try:
-                    job.lease.remap()  # now, as the slot may be closed before the batch is taken
-                except OSError as error:
-                    if error.errno in (errno.EMFILE, errno.ENFILE):  # a mapping takes a descriptor: do without
-                        self._warn_no_memory(str(error))
-                        job.lease, job.by_socket = None, True
-                        self._queue.appendleft(job)
-                        return
-                    job.fail(
-                        KerasMPError(
-                            f"{job.name} is ready, but its {reply.slot_size} bytes could not be mapped: {error}. Raise "
-                            "the limit on address space (ulimit -v), or lower batch_size or max_queue_size."
-                        )
+        for job, batch in zip(bundle.jobs, reply.batches, strict=False):
+            if isinstance(batch, Done):
+                job.task.note_load(batch.load_s, batch.nbytes)
+                if batch.refused:
+                    self._warn_no_memory(batch.refused)
+            job.finish(batch)
+        self._put_back(bundle.jobs[len(reply.batches) :])
+
+    def _take_over(self, bundle: Bundle, size: int | None) -> bool:
+        """Maps what the worker has added to the slot: now, as it may be closed before its batches are taken."""
+        if bundle.lease is None or size is None or all(job.done for job in bundle.jobs):
+            return True
+        bundle.lease.slot.size = size
+        try:
+            bundle.lease.remap()
+            return True
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # a mapping takes a descriptor: do without
+                self._warn_no_memory(str(error))
+                for job in bundle.jobs:
+                    job.by_socket = True
+                self._put_back(bundle.jobs)
+                return False
+            for job in bundle.jobs:
+                job.fail(
+                    KerasMPError(
+                        f"{job.name} is ready, but its {size} bytes could not be mapped: {error}. Raise the limit on "
+                        "address space (ulimit -v), or lower batch_size or max_queue_size."
                     )
-        job.finish(reply)
+                )
+            return False
+
+    def _put_back(self, jobs: Sequence[Job]) -> None:
+        for job in reversed(jobs):
+            if not job.done:
+                job.lease, job.alone = None, True
+                self._queue.appendleft(job)
 
     def _pump(self) -> None:
         """Hands queued jobs to workers that have room, the idlest first."""
@@ -281,24 +299,17 @@ class Dispatcher:
             if job.cancelled or job.done:
                 self._queue.popleft()
                 continue
-            usable = (s for s in self._seats if s.process.ready and not s.ended_for and not s.broken)
-            seat = min(usable, key=lambda s: len(s.jobs), default=None)
-            if seat is None or len(seat.jobs) >= job.task.depth:
+            usable = [
+                seat
+                for seat in self._seats
+                if len(seat.bundles) < job.task.depth and seat.process.ready and not (seat.ended_for or seat.broken)
+            ]
+            if not usable:
                 break
-            self._queue.popleft()
-            self._hand_over(seat, job)
-        self._flush()
-
-    def _flush(self) -> None:
-        for seat in self._seats:
-            if seat.outbox:
-                try:
-                    seat.flush()
-                except OSError:  # it died, or does not read: the end of its socket will put its jobs back
-                    seat.process.kill()
-                except BaseException:  # Ctrl-C in a consumer: the worker may have half a message
-                    seat.process.kill()
-                    raise
+            most = job.task.bundle_size
+            if job.task.spreads:
+                most = min(most, -(-len(self._queue) // len(usable)))
+            self._hand_over(min(usable, key=lambda seat: len(seat.bundles)), most)
 
     def _start_missing(self) -> None:
         """Starts as many workers as there is work for; on the dispatcher's thread, where no Ctrl-C can come between."""
@@ -327,33 +338,52 @@ class Dispatcher:
                 return
             starting += 1
 
-    def _hand_over(self, seat: Seat, job: Job) -> None:
-        task = job.task
-        number, self._next_job = self._next_job, self._next_job + 1
-        if not seat.jobs:
+    def _hand_over(self, seat: Seat, most: int) -> None:
+        """Gives a worker the next job, and those after it that may go with it, `most` in all."""
+        if not seat.bundles:
             seat.head_since = time.monotonic()
-        seat.jobs.append((number, job))
-        if job.lease is not None:
-            job.lease.restart()  # first of all: what an earlier worker noted there must not count against it again
+        bundle = Bundle(self._next_number)
+        self._next_number += 1
+        seat.bundles.append(bundle)  # first of all: should anything happen from here on, the jobs are not lost
         try:
+            self._fill(bundle, most)
+            task = bundle.jobs[0].task
             self._trim(task)
             if seat.versions.get(task.number) != task.version:
                 load, fds = task.load_message()
-                seat.send(load, fds)
+                wire.send(seat.process.sock, load, fds)
                 seat.versions[task.number] = load.version
-            run, fds = self._run_message(seat, number, job)
-            seat.send(run, fds)
-            if job.lease is None:
+            run, fds = self._run_message(seat, bundle)
+            if bundle.lease is None:
                 seat.process.sock.settimeout(_SEND_TIMEOUT_S)  # a long request may fill the socket
-                try:
-                    seat.flush()
-                finally:
+            try:
+                wire.send(seat.process.sock, run, fds)
+            finally:
+                if bundle.lease is None:
                     seat.process.sock.setblocking(False)
-        except OSError:  # as in `_flush`
+        except OSError:  # it died, or does not read: the end of its socket will put its jobs back
             seat.process.kill()
-        except BaseException:
+        except BaseException:  # Ctrl-C in a consumer: the worker may have half a message
             seat.process.kill()
             raise
+
+    def _fill(self, bundle: Bundle, most: int) -> None:
+        """Moves jobs from the queue to the bundle, and finds them a slot."""
+        jobs = bundle.jobs
+        jobs.append(self._queue.popleft())
+        task = jobs[0].task
+        while len(jobs) < most and self._queue and not jobs[0].alone:
+            job = self._queue[0]
+            if job.task is not task or job.alone or job.cancelled:
+                break
+            jobs.append(self._queue.popleft())
+        if not jobs[0].by_socket:
+            try:
+                bundle.lease = task.arena.acquire()
+            except OSError as error:
+                self._warn_no_memory(str(error))
+        for place, job in enumerate(jobs):
+            job.lease, job.place = bundle.lease, place
 
     def _trim(self, task: Task) -> None:
         dropped = task.arena.trim()
@@ -365,32 +395,36 @@ class Dispatcher:
 
     def _tell(self, seat: Seat, message: Forget) -> None:
         try:
-            seat.send(message)
-            seat.flush()
-        except OSError:  # as in `_flush`
+            wire.send(seat.process.sock, message)
+        except OSError:  # as in `_hand_over`
             seat.process.kill()
 
-    def _run_message(self, seat: Seat, number: int, job: Job) -> tuple[Run, list[int]]:
-        request: Request | int = job.request
-        if job.by_socket:
-            return Run(number, job.task.number, -1, None, job.request), []
-        try:
-            if job.lease is None:
-                job.lease = job.task.arena.acquire()
-            if len(job.request.samples) > _INLINE_SAMPLES:
-                data = pickle.dumps(job.request, protocol=5)
-                job.lease.slot.write(data)
-                job.lease.remap()
-                request = len(data)
-        except OSError as error:
-            job.lease = None
-            self._warn_no_memory(str(error))
-            return Run(number, job.task.number, -1, None, job.request), []
-        slot, fds = job.lease.slot, []
-        if (job.task.number, slot.number) not in seat.slots:
-            seat.slots.add((job.task.number, slot.number))
+    def _run_message(self, seat: Seat, bundle: Bundle) -> tuple[Run, list[int]]:
+        task, lease = bundle.jobs[0].task, bundle.lease
+        requests: list[Request] | int = [job.request for job in bundle.jobs]
+        if lease is None:
+            return Run(bundle.number, task.number, -1, None, requests), []
+        if sum(len(job.request.samples) for job in bundle.jobs) > _INLINE_SAMPLES:
+            try:
+                requests = self._write(requests, lease)
+            except OSError as error:
+                self._warn_no_memory(str(error))
+                bundle.lease = None
+                for job in bundle.jobs:
+                    job.lease = None
+                return Run(bundle.number, task.number, -1, None, requests), []
+        slot, fds = lease.slot, []
+        if (task.number, slot.number) not in seat.slots:
+            seat.slots.add((task.number, slot.number))
             fds = [slot.fd]
-        return Run(number, job.task.number, slot.number, slot.size, request), fds
+        return Run(bundle.number, task.number, slot.number, slot.size, requests), fds
+
+    @staticmethod
+    def _write(requests: Any, lease: Lease) -> int:
+        data = pickle.dumps(requests, protocol=5)
+        lease.slot.write(data)
+        lease.remap()
+        return len(data)
 
     # -- faults --------------------------------------------------------------------------------------------------
 
@@ -408,7 +442,7 @@ class Dispatcher:
         for seat in self._seats:
             if seat.process.has_ended():
                 gone.append(seat)
-            elif not seat.ended_for and (seat.jobs or not seat.process.ready):
+            elif not seat.ended_for and (seat.bundles or not seat.process.ready):
                 seat.ended_for = seat.missed_deadline(now)
                 if seat.ended_for:
                     seat.ended_at = seat.current()
@@ -427,11 +461,10 @@ class Dispatcher:
             self._note_failed_start(seat, seat.ended_for or seat.broken or ended, stderr)
             return
         self.restarts += 1
-        jobs = [job for _, job in seat.jobs]
         current = seat.current()
-        if current is not None and seat.judge(current, seat.broken or f"ended with {ended}"):
-            jobs.remove(current)
-        self._queue.extendleft(reversed(jobs))
+        if current is not None:
+            seat.judge(current, seat.broken or f"ended with {ended}")
+        self._put_back(seat.jobs)
 
     def _note_failed_start(self, seat: Seat, how: str, stderr: str) -> None:
         """Gives up where no worker is left and none can start: one exit of its own, or three faults, shows that."""
@@ -483,7 +516,7 @@ class Dispatcher:
             self._queue.remove(job)
             job.fail(PoolClosed("the dataset was closed while this batch was waiting for a worker"))
         for seat in self._seats:
-            for _, job in seat.jobs:
+            for job in seat.jobs:
                 if job.task is task:  # its worker may finish it, for nobody
                     job.fail(PoolClosed(f"the dataset was closed while {job.name} was being loaded"))
             seat.slots = {key for key in seat.slots if key[0] != task.number}
@@ -495,12 +528,12 @@ class Dispatcher:
         self._selector.close()
         for seat in self._seats:
             seat.process.hang_up()
-            if seat.jobs or not seat.process.ready:
+            if seat.bundles or not seat.process.ready:
                 seat.process.kill()  # nobody wants its batch any more
         deadline = time.monotonic() + EXIT_GRACE_S
         for seat in self._seats:
             seat.process.reap(max(0.0, deadline - time.monotonic()))
-        jobs = [*self._queue, *(job for seat in self._seats for _, job in seat.jobs)]
+        jobs = [*self._queue, *(job for seat in self._seats for job in seat.jobs)]
         tasks = {job.task for job in jobs}
         self._seats, self._queue = [], collections.deque()
         for job in jobs:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from keras_mp import wire
 from keras_mp.loading import Loaded, Loader, Request, ignore_position
-from keras_mp.messages import Failed, error_of, failed_reply
+from keras_mp.messages import Failed, error_of, failed_batch
 from keras_mp.randomness import Seeder, ThreadIsolation, restored_global_state, seed_global_state
 
 
@@ -23,8 +23,8 @@ class Engine(Protocol):
     """A place where batches are loaded."""
 
     @property
-    def is_quick(self) -> bool:
-        """Whether a batch takes no longer than asking for it, so that requests had better travel together."""
+    def bundle_size(self) -> int:
+        """How many requests had better travel together: more than one where a batch takes no longer than asking."""
 
     def submit(self, requests: Sequence[Request]) -> Sequence[Any]:
         """Asks for batches; returns a handle for each."""
@@ -59,7 +59,7 @@ def load_alone(loader: Loader, request: Request) -> Loaded:
 class InlineEngine:
     """Loads in the calling thread, when the batch is asked for."""
 
-    is_quick = False
+    bundle_size = 1
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
@@ -93,7 +93,7 @@ class ExecutorEngine:
     what that costs is the executor's affair.
     """
 
-    is_quick = False
+    bundle_size = 1
 
     def __init__(self, executor: concurrent.futures.Executor, loader: Loader, owned: bool) -> None:
         self._executor = executor
@@ -154,4 +154,4 @@ def _load_remotely(key: bytes, data: bytes, request: Request) -> Loaded | Failed
             _remote_loaders[key] = loader
         return load_alone(loader, request)
     except Exception as error:  # many exceptions do not survive an executor's pickling; the reply does
-        return failed_reply(0, error)
+        return failed_batch(error)

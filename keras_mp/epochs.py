@@ -40,6 +40,7 @@ class EpochTracker:
         self._requests_seen = requests_seen
         self._random_state: tuple[Any, ...] | None = None
         self._remaining: list[int] | None = None
+        self._shuffles: bool | None = None  # whether Keras shuffled the last epoch; None: there was none
         self._restart()
 
     def _restart(self) -> None:
@@ -80,14 +81,18 @@ class EpochTracker:
         self._restart()
         self._complete = complete
 
-    def begin(self) -> None:
-        """Keras called `on_epoch_begin`."""
+    def begin(self) -> list[int] | range | None:
+        """Keras called `on_epoch_begin`; returns the order to expect from what it did last, if that is known."""
         self.is_open = True
+        if self._shuffles is None or self._asked or self._remaining is not None:
+            return None
+        return _shuffled(len(self), random.getstate()) if self._shuffles else range(len(self))
 
     def end(self) -> bool:
         """Keras called `on_epoch_end`; whether that ended an epoch."""
         ended = self.is_open and (self._complete or not self._requests_seen)
         if ended:
+            self._shuffles = self._shuffled is not None
             self.set_epoch(self.epoch + 1)
         elif not self.is_open:  # `fit` or `evaluate` is starting: what was looked at before is no part of a pass
             self._restart()
@@ -149,8 +154,13 @@ class EpochTracker:
         state, self._random_state = self._random_state, None
         if state is None or state == random.getstate():
             return None
-        generator = random.Random()
-        generator.setstate(state)
-        order = list(range(len(self)))
-        generator.shuffle(order)
-        return order
+        return _shuffled(len(self), state)
+
+
+def _shuffled(count: int, state: tuple[Any, ...]) -> list[int]:
+    """What `random.shuffle` makes of `list(range(count))` from this state of the global generator."""
+    generator = random.Random()
+    generator.setstate(state)
+    order = list(range(count))
+    generator.shuffle(order)
+    return order

@@ -181,8 +181,10 @@ class LoadedDataset(keras.utils.PyDataset):
         self._drop_requests()
 
     def on_epoch_begin(self) -> None:
-        """Keras calls this before an epoch."""
-        self._tracker.begin()
+        """Keras calls this before an epoch, a while before it asks for the first batch."""
+        order, epoch = self._tracker.begin(), self._tracker.epoch
+        if order is not None and self._depth:
+            self._running().ahead.expect((epoch, batch) for batch in order)
 
     def on_epoch_end(self) -> None:
         """Keras calls this after an epoch, and at other times; see `epochs`."""

@@ -1,7 +1,7 @@
 """What parent and workers say to each other. How it travels is `wire`'s affair.
 
-`Hello` and then `Load`, `Run`, `Forget` go to a worker; its process id (it is ready) and then `Done` or `Failed` come
-back.
+`Hello` and then `Load`, `Run`, `Forget` go to a worker; its process id (it is ready) and then a `Reply` to each `Run`
+come back.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ class Load:
 
 
 class Run(NamedTuple):
-    """A request for one batch. With `slot_size` None there is no slot: the batch goes through the socket.
+    """A request for batches, in one slot. With `slot_size` None there is no slot: they go through the socket.
 
-    `request` is a Request, or the length of its pickle at the start of the slot. A slot the worker has not seen yet
-    comes as a descriptor.
+    `requests` may be the length of their pickle, which is then at the start of the slot. A slot the worker has not seen
+    yet comes as a descriptor.
     """
 
-    job: int
+    number: int
     task: int
     slot: int
     slot_size: int | None
-    request: Request | int
+    requests: list[Request] | int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,36 +67,46 @@ class Forget:
 
 
 class Done(NamedTuple):
-    """A batch: its pickle, or where that lies; its buffers, or their places; the slot's new size."""
+    """A batch: its pickle, or where that lies; its buffers, or their places."""
 
-    job: int
     header: bytes | tuple[int, int]
     buffers: list[tuple[int, int]] | list[bytes]
-    slot_size: int | None
     failures: tuple[SampleFailure, ...]
     load_s: float
     refused: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers."""
+        return sum(buffer[1] if isinstance(buffer, tuple) else len(buffer) for buffer in self.buffers)
 
 
 class Failed(NamedTuple):
     """A batch that could not be made; `error` is the pickled exception, where it can be pickled at all."""
 
-    job: int
     failure: SampleFailure
     note: str
     error: bytes | None
 
 
-def failed_reply(job: int, error: BaseException, request: Request | None = None, stage: str = "worker") -> Failed:
-    """The reply that says `error`, in a form that survives pickling."""
+class Reply(NamedTuple):
+    """What became of a run's batches, in order, and the slot's new size. Batches that are missing were not begun."""
+
+    number: int
+    batches: list[Done | Failed]
+    slot_size: int | None
+
+
+def failed_batch(error: BaseException, request: Request | None = None, stage: str = "worker") -> Failed:
+    """The answer that says `error`, in a form that survives pickling."""
     if isinstance(error, SampleError):
-        return Failed(job, error.failure, error.note, _dump_exception(error.__cause__))
+        return Failed(error.failure, error.note, _dump_exception(error.__cause__))
     epoch, batch = (-1, -1) if request is None else (request.epoch, request.batch)
     failure = SampleFailure.of(
         error, stage=stage, index=None, item="", epoch=epoch, batch=batch, where=f"process {os.getpid()}"
     )
     note = " (a batch crosses to the training process by pickle)" if stage == "result" else ""
-    return Failed(job, failure, note, _dump_exception(error))
+    return Failed(failure, note, _dump_exception(error))
 
 
 def _dump_exception(error: BaseException | None) -> bytes | None:
@@ -112,7 +122,7 @@ def _dump_exception(error: BaseException | None) -> bytes | None:
 
 
 def error_of(reply: Failed) -> BaseException:
-    """The exception that a worker's `Failed` reply stands for."""
+    """The exception that a worker's `Failed` stands for."""
     cause: BaseException | None = None
     if reply.error is not None:
         try:

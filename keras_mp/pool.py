@@ -123,9 +123,9 @@ class PoolClient:
         self._finalizer.atexit = False
 
     @property
-    def is_quick(self) -> bool:
+    def bundle_size(self) -> int:
         """See `engines.Engine`."""
-        return self._task.is_quick
+        return self._task.bundle_size
 
     def submit(self, requests: Sequence[Request]) -> list[Job]:
         """Queues requests."""

@@ -50,8 +50,7 @@ class ReadAhead:
         """
         with self._lock:
             if plan is not None:
-                self._cancel(self._aside)
-                self._aside, self._handles, self._plan = self._handles, {}, plan
+                self._follow(plan)
             elif key not in self._handles:
                 self._fill()  # it may be the first of the plan
             handle = self._handles.pop(key, None) or self._aside.pop(key, None)
@@ -60,6 +59,16 @@ class ReadAhead:
             self._fill()
         return self._engine.result(handle)
 
+    def expect(self, plan: Iterator[Key]) -> None:
+        """Requests what comes first in `plan`, and forgets the plan before it."""
+        with self._lock:
+            self._follow(plan)
+            self._fill()
+
+    def _follow(self, plan: Iterator[Key]) -> None:
+        self._cancel(self._aside)
+        self._aside, self._handles, self._plan = self._handles, {}, plan
+
     def is_ready(self, key: Key) -> bool:
         """Whether the batch of `key` has been requested and has come."""
         with self._lock:
@@ -67,8 +76,8 @@ class ReadAhead:
             return handle is not None and self._engine.is_ready(handle)
 
     def _fill(self) -> None:
-        if self._engine.is_quick and len(self._handles) > self._depth // 2:
-            return  # wait until several can be requested at once
+        if self._depth - len(self._handles) < min(self._engine.bundle_size, self._depth * 4 // 5):
+            return  # until there is room for several
         new: dict[Key, None] = {}
         while len(self._handles) + len(new) < self._depth:
             key = next(self._plan, None)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import collections
 import signal
-from collections.abc import Sequence
-from typing import Any
 
 from keras_mp import wire
 from keras_mp.errors import BatchTimeout, WorkerCrashed
 from keras_mp.messages import EXIT_NO_DESCRIPTOR
 from keras_mp.spawn import Process
-from keras_mp.task import Job
+from keras_mp.task import Bundle, Job
 
 EXIT_GRACE_S = 2.0  # what a worker gets to end by itself, or to finish a batch that nobody wants any more
 _START_TIMEOUT_S = 120.0
@@ -27,7 +25,7 @@ class Seat:
     def __init__(self, process: Process) -> None:
         self.process = process
         self.frames = wire.FrameReader(process.sock)
-        self.jobs: collections.deque[tuple[int, Job]] = collections.deque()
+        self.bundles: collections.deque[Bundle] = collections.deque()
         self.head_since = 0.0
         self.stopped_since: float | None = None
         self.versions: dict[int, int] = {}
@@ -35,39 +33,20 @@ class Seat:
         self.ended_for = ""
         self.ended_at: Job | None = None
         self.broken = ""
-        self.outbox = bytearray()
+
+    @property
+    def jobs(self) -> list[Job]:
+        """The batches that the worker has been asked for, in order."""
+        return [job for bundle in self.bundles for job in bundle.jobs]
 
     def current(self) -> Job | None:
         """The batch that the worker is at."""
-        return next((job for _, job in self.jobs if not job.is_finished), None)
-
-    def send(self, message: Any, fds: Sequence[int] = ()) -> None:
-        """Adds a message to those that `flush` sends; descriptors go at once.
-
-        Raises:
-            OSError: the worker has died, or does not read.
-        """
-        if not fds:
-            self.outbox += wire.frame(message)
-            return
-        self.flush()
-        wire.send(self.process.sock, message, fds)
-
-    def flush(self) -> None:
-        """Sends what there is to send.
-
-        Raises:
-            OSError: the worker has died, or does not read.
-        """
-        if self.outbox:
-            frames = bytes(self.outbox)
-            self.outbox.clear()
-            wire.send_bytes(self.process.sock, frames)
+        return next((job for job in self.jobs if not job.is_finished), None)
 
     def missed_deadline(self, now: float) -> str:
         """What is wrong with a worker that has something to do, in words; "" if nothing is."""
         if self.process.ready:
-            task = self.jobs[0][1].task
+            task = self.jobs[0].task
             if task.timeout_s is not None and now - self.head_since > task.timeout_s:
                 return f"took longer than timeout={task.timeout_s:g} s"
             if task.closed and now - max(self.head_since, task.closed_at) > EXIT_GRACE_S:

@@ -1,4 +1,5 @@
-"""What a pool is asked to do: tasks (one dataset's loader, packed for the workers) and jobs (one batch each)."""
+"""What a pool is asked to do: tasks (one dataset's loader, packed for the workers), jobs (one batch each), and bundles
+(jobs that one worker does in one go)."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from keras_mp import wire
-from keras_mp.arena import FINISHED, Arena, Lease, Segment, map_segment
+from keras_mp.arena import NOT_STARTED, Arena, Lease, Segment, map_segment
 from keras_mp.errors import KerasMPError, PoolClosed
 from keras_mp.loading import Loaded, Loader, Request
 from keras_mp.messages import Done, Failed, Load, error_of
@@ -22,10 +23,12 @@ from keras_mp.messages import Done, Failed, Load, error_of
 # Buffers from this size on are kept apart, so that an epoch that changes only an index array does not copy the images.
 _LARGE_BYTES = 1 << 20
 
-# A worker may hold several requests at once while its batches take less than this: the wait for the next request would
-# cost more than a batch. Long batches are handed out one by one, so that none waits behind a slow one.
-_SHORT_LOAD_S = 0.002
-_SHORT_DEPTH = 4
+# Batches that take less than this are handed out several at a time, and the next ones before these are done: the way
+# there and back would cost more than a batch. Others are handed out one by one, so that none waits behind a slow one.
+_SHORT_LOAD_S, _SHORT_BUNDLE = 0.002, 4
+# And of these one worker makes more than a consumer can take, so that it costs nothing to leave the others idle.
+_TINY_LOAD_S, _TINY_BUNDLE = 0.00015, 8
+_BUNDLE_BYTES = 1 << 20  # as one batch that is kept keeps the slot of them all
 
 _numbers = itertools.count()
 
@@ -40,7 +43,8 @@ class Task:
         self.arena = Arena()
         self.closed = False
         self.closed_at = 0.0
-        self.mean_load_s = _SHORT_LOAD_S
+        self._mean_load_s = _SHORT_LOAD_S
+        self._batch_bytes = _BUNDLE_BYTES
         self._lock = threading.Lock()
         self._large: Segment | None = None
         self._large_places: dict[int, tuple[int, int]] = {}  # by the address the buffer came from
@@ -123,17 +127,26 @@ class Task:
 
     @property
     def depth(self) -> int:
-        """How many of this task's requests one worker may hold at once."""
-        return _SHORT_DEPTH if self.is_quick else 1
+        """How many bundles of this task one worker may hold at once."""
+        return 2 if self._mean_load_s < _SHORT_LOAD_S else 1
 
     @property
-    def is_quick(self) -> bool:
-        """Whether loading a batch takes little time."""
-        return self.mean_load_s < _SHORT_LOAD_S
+    def bundle_size(self) -> int:
+        """How many of this task's batches may go to a worker together."""
+        if self._mean_load_s >= _SHORT_LOAD_S:
+            return 1
+        most = _SHORT_BUNDLE if self.spreads else _TINY_BUNDLE
+        return max(1, min(most, _BUNDLE_BYTES // max(1, self._batch_bytes)))
 
-    def note_load(self, load_s: float) -> None:
-        """Takes a batch's loading time into the running mean."""
-        self.mean_load_s += 0.2 * (load_s - self.mean_load_s)
+    @property
+    def spreads(self) -> bool:
+        """Whether it is worth while to keep several workers busy."""
+        return self._mean_load_s >= _TINY_LOAD_S
+
+    def note_load(self, load_s: float, nbytes: int) -> None:
+        """Takes a batch's loading time and size into account."""
+        self._mean_load_s += 0.2 * (load_s - self._mean_load_s)
+        self._batch_bytes = nbytes
 
     def close(self) -> None:
         """Gives up segments and slots; batches that the consumer holds stay valid."""
@@ -158,7 +171,9 @@ class Job:
         self.task = task
         self.request = request
         self.lease: Lease | None = None
+        self.place = 0  # among the batches in that slot
         self.cancelled = False
+        self.alone = False  # never in a bundle again, as something went wrong in one
         self.by_socket = False  # as the slot that it was built in could not be mapped
         self.done = False
         self.faults: list[str] = []  # what became of the workers that had it
@@ -236,15 +251,25 @@ class Job:
 
     def sample_in_progress(self) -> int | None:
         """Source index of the sample that the worker was at, or None if it had not started on this batch."""
-        position = -1 if self.lease is None else self.lease.position()
-        return int(self.request.samples[position]) if 0 <= position < len(self.request.samples) else None
+        place, position = (0, NOT_STARTED) if self.lease is None else self.lease.progress()
+        begun = place == self.place and 0 <= position < len(self.request.samples)
+        return int(self.request.samples[position]) if begun else None
 
     @property
     def is_finished(self) -> bool:
         """Whether the worker was done with this batch, though its reply has not come."""
-        return self.lease is not None and self.lease.position() == FINISHED
+        return self.lease is not None and self.lease.progress()[0] > self.place
 
     @property
     def name(self) -> str:
         """The batch, in words."""
         return f"batch {self.request.batch} of epoch {self.request.epoch}"
+
+
+@dataclasses.dataclass
+class Bundle:
+    """Jobs that a worker does one after the other, in one slot: one message there, one back."""
+
+    number: int
+    jobs: list[Job] = dataclasses.field(default_factory=list)
+    lease: Lease | None = None

@@ -115,12 +115,14 @@ def export(dataset: LoadedDataset, epochs: int, prefetch: int | None, element_sp
 
     def take(number: np.int64) -> list[Any]:
         """How many batches there are (0: no more), and their leaves, filled up with the last batch again."""
-        taken = next(streams[int(number)], [])
+        taken: list[Any] = next(streams[int(number)], [])
         filled = taken + [taken[-1] if taken else spec.nothing()] * (together - len(taken))
         return [np.int64(len(taken)), *(leaf for leaves in filled for leaf in leaves)]
 
     def call(number: tf.Tensor) -> Any:
-        count, *leaves = tf.numpy_function(take, [number], [tf.int64, *[leaf.dtype for _, leaf in spec.leaves] * together])
+        count, *leaves = tf.numpy_function(
+            take, [number], [tf.int64, *[leaf.dtype for _, leaf in spec.leaves] * together]
+        )
         count.set_shape(())
         width = len(spec.leaves)
         return count, *(spec.pack(leaves[start : start + width]) for start in range(0, len(leaves), width))
@@ -140,8 +142,8 @@ def export(dataset: LoadedDataset, epochs: int, prefetch: int | None, element_sp
     if not resumed:  # else the first iteration is shorter than those after it
         streamed = streamed.apply(tf.data.experimental.assert_cardinality(total))
     streamed = streamed.prefetch(tf.data.AUTOTUNE if prefetch is None else prefetch)
-    # The call that waits for a batch keeps a thread busy; on threads of their own, it is none of the training's. There is
-    # nothing here to tune, and the tuner's records cost more than a small batch.
+    # The call that waits for a batch keeps a thread busy; on threads of their own, it is none of the training's. And
+    # there is nothing here to tune, while the tuner's records cost more than a small batch.
     options = tf.data.Options()
     options.threading.private_threadpool_size = usable_cores() + 1
     options.autotune.enabled = False

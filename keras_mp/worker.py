@@ -13,7 +13,6 @@ import faulthandler
 import fcntl
 import os
 import pickle
-import select
 import signal
 import socket
 import sys
@@ -25,11 +24,10 @@ import numpy as np
 import numpy.typing as npt
 
 from keras_mp import wire
-from keras_mp.arena import FINISHED, SlotMemory, map_segment
+from keras_mp.arena import SlotMemory, map_segment
 from keras_mp.collate import allocating
-from keras_mp.errors import SampleFailure
-from keras_mp.loading import Loader, Request, ignore_position
-from keras_mp.messages import EXIT_NO_DESCRIPTOR, Done, Failed, Forget, Hello, Load, Run, failed_reply
+from keras_mp.loading import Loaded, Loader, Request, ignore_position
+from keras_mp.messages import EXIT_NO_DESCRIPTOR, Done, Failed, Forget, Hello, Load, Reply, Run, failed_batch
 from keras_mp.randomness import seed_global_state
 
 # Frames longer than this go through the slot: the parent reads many workers' sockets, and a pickle in shared memory
@@ -38,9 +36,8 @@ _INLINE_BYTES = 1 << 15
 
 _MAX_SAID_BYTES = 1 << 16
 
-# Replies to batches that take less are held back while others wait, this many at most.
-_HELD_LOAD_S = 0.0003
-_MOST_HELD = 8
+# A run that has taken longer is answered with the batches that are ready: the rest may go to another worker.
+_LONGEST_RUN_S = 0.01
 
 
 class _Memory:
@@ -60,25 +57,16 @@ class _Memory:
 
 
 class Worker:
-    """The main loop and what it remembers between requests.
-
-    NOTE (held replies): the replies to very short batches are held back while requests are waiting, and sent together,
-    as one wake-up of the parent costs more than such a batch. Their slots are marked as finished, so that they are not
-    blamed should the batch after them end this process.
-    """
+    """The main loop and what it remembers between requests."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._held: list[bytes] = []
-        self._mean_load_s = 1.0
-        self._waiting = select.poll()
-        self._waiting.register(sock, select.POLLIN)
         self._loaders: dict[int, Loader | BaseException] = {}
         self._slots: dict[tuple[int, int], SlotMemory] = {}
 
     def serve(self) -> None:
         """Answers requests until the parent closes the socket."""
-        while (received := self._receive()) is not None:
+        while (received := wire.receive(self._sock)) is not None:
             message, fds = received
             if isinstance(message, Load):
                 _check_received(len(fds) == len(message.sizes))
@@ -89,29 +77,16 @@ class Worker:
                 if fds:
                     self._slots[message.task, message.slot] = SlotMemory(fds[0])
                 _check_received(message.slot_size is None or (message.task, message.slot) in self._slots)
-                self._reply(message, self._run(message))
+                self._reply(self._run(message))
 
-    def _receive(self) -> tuple[Any, list[int]] | None:
-        if self._held and not self._waiting.poll(0):
-            self._send_held()
-        return wire.receive(self._sock)
-
-    def _reply(self, message: Run, reply: Done | Failed) -> None:
+    def _reply(self, reply: Reply) -> None:
         try:
-            self._held.append(wire.frame(reply))
+            frame = wire.frame(reply)
         except MemoryError as error:
-            self._held.append(wire.frame(failed_reply(message.job, error)))
-        if isinstance(reply, Done):
-            self._mean_load_s += 0.2 * (reply.load_s - self._mean_load_s)
-        hold = isinstance(reply, Done) and message.slot_size is not None and self._mean_load_s < _HELD_LOAD_S
-        if hold and len(self._held) < _MOST_HELD:
-            self._slots[message.task, message.slot].note_sample(FINISHED)
-        else:
-            self._send_held()
-
-    def _send_held(self) -> None:
-        held, self._held = b"".join(self._held), []
-        wire.send_bytes(self._sock, held)
+            # Of several, each will be asked for alone.
+            failed: list[Done | Failed] = [failed_batch(error)] if len(reply.batches) == 1 else []
+            frame = wire.frame(Reply(reply.number, failed, reply.slot_size))
+        wire.send_bytes(self._sock, frame)
 
     def _forget(self, message: Forget) -> None:
         if message.slots is None:
@@ -120,38 +95,52 @@ class Worker:
         for key in gone:
             self._slots.pop(key).close()
 
-    def _run(self, message: Run) -> Done | Failed:
+    def _run(self, run: Run) -> Reply:
+        slot = None if run.slot_size is None else self._slots[run.task, run.slot]
         started = time.perf_counter()
-        request = None
+        batches: list[Done | Failed] = []
         try:
-            memory, request = self._begin(message)
-            loader = self._loaders[message.task]
+            memory, requests = _begin(run, slot)
+        except BaseException as error:
+            return Reply(run.number, [failed_batch(error)], None)
+        for request in requests:
+            begun = time.perf_counter()
+            if batches and begun - started > _LONGEST_RUN_S:
+                break
+            batches.append(self._load(run.task, request, memory, begun))
+            if slot is not None:
+                slot.note_batch(len(batches))
+        return Reply(run.number, batches, None if memory.slot is None else memory.slot.size)
+
+    def _load(self, task: int, request: Request, memory: _Memory, begun: float) -> Done | Failed:
+        try:
+            loader = self._loaders[task]
             if isinstance(loader, BaseException):
                 raise loader
             note = memory.slot.note_sample if memory.slot else ignore_position
             with allocating(memory.allocate):
                 loaded = loader.load(request, note, seed_global_state)
         except BaseException as error:  # SystemExit and KeyboardInterrupt in user code are failures of user code
-            return failed_reply(message.job, error, request)
+            return failed_batch(error, request)
         try:
-            return _encode(message.job, loaded.batch, loaded.failures, memory, started)
+            return _encode(loaded, memory, begun)
         except BaseException as error:
-            return failed_reply(message.job, error, request, "result")
+            return failed_batch(error, request, "result")
 
-    def _begin(self, message: Run) -> tuple[_Memory, Request]:
-        slot = None if message.slot_size is None else self._slots[message.task, message.slot]
-        request = message.request
-        if isinstance(request, int):
-            if slot is None:
-                raise RuntimeError("a request in a slot came without the slot")
-            request = pickle.loads(slot.read(request))
-        memory = _Memory(slot)
-        if slot is not None and message.slot_size is not None:
-            try:
-                slot.begin(message.slot_size)
-            except OSError as error:
-                memory.slot, memory.refused = None, str(error)
-        return memory, request
+
+def _begin(run: Run, slot: SlotMemory | None) -> tuple[_Memory, list[Request]]:
+    requests = run.requests
+    if isinstance(requests, int):
+        if slot is None:
+            raise RuntimeError("requests in a slot came without the slot")
+        requests = pickle.loads(slot.read(requests))
+    memory = _Memory(slot)
+    if slot is not None and run.slot_size is not None:
+        try:
+            slot.begin(run.slot_size)
+        except OSError as error:
+            memory.slot, memory.refused = None, str(error)
+    return memory, requests
 
 
 def _check_received(complete: bool) -> None:
@@ -184,20 +173,19 @@ def _unpack(message: Load, fds: list[int]) -> Loader | BaseException:
             os.close(fd)
 
 
-def _encode(job: int, batch: Any, failures: tuple[SampleFailure, ...], memory: _Memory, started: float) -> Done:
+def _encode(loaded: Loaded, memory: _Memory, begun: float) -> Done:
     buffers: wire.Buffers = []
-    header = wire.dump_result(batch, buffers)
+    header = wire.dump_result(loaded.batch, buffers)
     slot = memory.slot
     if slot is not None:
         try:
             places = [slot.put(buffer) for buffer in buffers]
             place = slot.put(pickle.PickleBuffer(header)) if len(header) > _INLINE_BYTES else header
-            return Done(job, place, places, slot.size, failures, time.perf_counter() - started)
+            return Done(place, places, loaded.failures, time.perf_counter() - begun)
         except OSError as error:
             memory.refused = memory.refused or str(error)
     payload = [buffer.raw().tobytes() for buffer in buffers]
-    size = slot.size if slot is not None else None
-    return Done(job, header, payload, size, failures, time.perf_counter() - started, memory.refused or "no slot")
+    return Done(header, payload, loaded.failures, time.perf_counter() - begun, memory.refused or "no slot")
 
 
 def die_with_parent(lifeline: int) -> None:

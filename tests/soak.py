@@ -227,7 +227,7 @@ class Chaos(threading.Thread):
 def _may_be_hit(seat: Any) -> bool:
     if seat.ended_for or seat.broken or seat.stopped_since is not None:
         return False
-    return all(not job.crashes and not job.timeouts and job.unstarted < 2 for _, job in seat.jobs)
+    return all(not job.crashes and not job.timeouts and job.unstarted < 2 for job in seat.jobs)
 
 
 def _make_model() -> Any:

@@ -134,14 +134,19 @@ def test_empty_arrays_take_no_slot_memory(slots: Arena, connect: Connect) -> Non
     assert batch[1].shape == ()
 
 
-def test_the_position_word_is_seen_by_the_parent(slots: Arena, connect: Connect) -> None:
+def test_the_parent_sees_how_far_a_worker_is(slots: Arena, connect: Connect) -> None:
     lease = slots.acquire()
-    assert lease.position() == NOT_STARTED
-    connect(lease.slot).memory.note_sample(7)
-    assert lease.position() == 7
+    assert lease.progress() == (0, NOT_STARTED)
+    worker = connect(lease.slot)
+    worker.memory.note_sample(7)
+    assert lease.progress() == (0, 7)
+    worker.memory.note_batch(1)
+    assert lease.progress() == (1, NOT_STARTED)
+    worker.memory.note_sample(2)
+    assert lease.progress() == (1, 2)
     del lease
     gc.collect()
-    assert slots.acquire().position() == NOT_STARTED
+    assert slots.acquire().progress() == (0, NOT_STARTED)
 
 
 @pytest.mark.parametrize("size", [10, 5 * mmap.PAGESIZE])

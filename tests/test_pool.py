@@ -311,8 +311,8 @@ def test_slots_are_reused_and_given_back(pool: keras_mp.WorkerPool) -> None:
             for _batch in dataset:
                 pass
         assert dataset.stats()["slots"] <= 4 + 2 + 8
-        held = [dataset[batch] for batch in range(60)]
-        assert dataset.stats()["slots"] >= 60
+        held = [dataset[batch] for batch in range(128)] + [dataset[batch] for batch in range(128)]
+        assert dataset.stats()["slots"] >= 256 // 8  # up to eight small batches share one
         for number, batch in enumerate(held):
             batch[...] = number  # batches are writable, and each has memory of its own
         assert all((batch == number).all() for number, batch in enumerate(held))  # P6
@@ -320,7 +320,7 @@ def test_slots_are_reused_and_given_back(pool: keras_mp.WorkerPool) -> None:
         gc.collect()
         for _batch in dataset:
             pass
-        assert dataset.stats()["slots"] < 30
+        assert dataset.stats()["slots"] < 24
 
 
 def test_many_samples_in_one_batch(pool: keras_mp.WorkerPool) -> None:

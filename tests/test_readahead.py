@@ -16,7 +16,7 @@ from keras_mp.readahead import Key, ReadAhead
 class _Engine:
     """Records what is asked of it."""
 
-    is_quick = False
+    bundle_size = 1
 
     def __init__(self) -> None:
         self.submitted: list[Key] = []
@@ -28,6 +28,9 @@ class _Engine:
         self.submitted += keys
         self.pending += keys
         return [[key] for key in keys]
+
+    def is_ready(self, handle: list[Key]) -> bool:
+        return True
 
     def result(self, handle: list[Key]) -> Loaded:
         key = handle.pop()  # fails if a handle is used twice
@@ -67,6 +70,33 @@ def test_reads_ahead_along_the_plan_up_to_the_depth() -> None:
         assert len(engine.pending) <= 3
     assert engine.submitted == [(0, batch) for batch in range(10)]
     assert not engine.cancelled
+
+
+def test_what_is_expected_is_requested_once() -> None:
+    engine = _Engine()
+    ahead = ReadAhead(engine, _request, 3)
+    ahead.expect(_plan(2, 0, 1, 3))
+    assert engine.submitted == [(0, 2), (0, 0), (0, 1)]
+    assert ahead.get((0, 2), _plan(0, 1, 3)).batch == (0, 2)
+    assert ahead.is_ready((0, 0))
+    assert not ahead.is_ready((0, 4))
+    for batch in (0, 1, 3):
+        assert ahead.get((0, batch)).batch == (0, batch)
+    assert sorted(engine.submitted) == [(0, 0), (0, 1), (0, 2), (0, 3)]
+    assert not engine.cancelled
+
+
+def test_small_batches_are_requested_several_at_a_time() -> None:
+    engine = _Engine()
+    engine.bundle_size = 4
+    ahead = ReadAhead(engine, _request, 10, _plan(*range(100)))
+    ahead._fill()
+    pending = [10]
+    for batch in range(60):
+        ahead.get((0, batch))
+        pending.append(len(engine.pending))
+    assert pending[:9] == [10, 9, 8, 7, 10, 9, 8, 7, 10]
+    assert min(pending) == 7
 
 
 def test_depth_0_reads_nothing_ahead() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -261,6 +262,24 @@ def test_a_failing_sample_reaches_the_consumer_with_its_traceback(pool: keras_mp
         assert "transform failed on sample 7" in text
         assert "seven is broken" in text
         assert "fail_on_seven" in text
+
+
+def test_what_comes_before_an_error_is_delivered(pool: keras_mp.WorkerPool) -> None:  # P1, P5
+    with keras_mp.PoolDataset(np.arange(40), transforms.fail_on_seven, batch_size=1, pool=pool) as dataset:
+        for _ in range(2):
+            got: list[int] = []
+            with pytest.raises(tf.errors.InvalidArgumentError, match="sample 7"):
+                got.extend(int(batch[0]) for batch in dataset.to_tf_dataset(prefetch=0))
+            assert got == list(range(7))
+
+
+def test_small_batches_of_several_shapes(pool: keras_mp.WorkerPool) -> None:  # P1
+    with keras_mp.PoolDataset(np.arange(101), batch_size=3, shuffle=True, seed=2, pool=pool) as dataset:
+        for _ in range(3):
+            got = [batch.numpy().tolist() for batch in dataset.to_tf_dataset(epochs=2)]
+            assert [len(batch) for batch in got] == ([3] * 33 + [2]) * 2
+            for epoch in (got[:34], got[34:]):
+                assert sorted(itertools.chain.from_iterable(epoch)) == list(range(101))
 
 
 def _padded(batch: Any) -> Any:

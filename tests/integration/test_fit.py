@@ -14,6 +14,7 @@ import pytest
 
 import keras_mp
 from tests import transforms
+from tests.census import eventually
 
 _SAMPLES = 50
 _BATCH = 8
@@ -327,3 +328,33 @@ def test_pool_keras_leaves_the_work_to_keras() -> None:
     assert (ours.workers, ours.use_multiprocessing) == (1, False)
     dataset.close()
     ours.close()
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_an_epoch_is_read_ahead_from_its_begin_and_no_batch_is_loaded_twice(shuffle: bool) -> None:
+    """Keras asks for an epoch's first batch a while after it has told that the epoch begins."""
+    loaded: list[int] = []
+
+    class Batches(keras.utils.PyDataset):
+        def __len__(self) -> int:
+            return 20
+
+        def __getitem__(self, index: int) -> Any:
+            loaded.append(index)
+            return np.zeros((2, 3)), np.zeros((2, 1))
+
+    class Begin(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+            loaded.clear()
+
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            if epoch:  # of the first, Keras looks at two batches beforehand
+                assert sorted(loaded) == list(range(20))
+
+    with keras_mp.parallelize(Batches(), workers=2, use_multiprocessing=False) as dataset:
+        model = keras.Sequential([keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+        model.fit(dataset, epochs=5, shuffle=shuffle, verbose=0, callbacks=[Begin()])
+        loaded.clear()
+        dataset.on_epoch_begin()
+        assert eventually(lambda: len(loaded) == 10)

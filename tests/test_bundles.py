@@ -1,0 +1,125 @@
+"""Small batches go to a worker several at a time; what befalls one of them is that one's affair (P1, P3, P5)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import keras_mp
+from keras_mp.loading import BatchLoader, Request
+from keras_mp.messages import Done, Failed, Reply, Run
+from keras_mp.pool import PoolClient
+from keras_mp.worker import Worker
+
+_BATCHES = 40
+
+
+class _Batches:
+    """Tiny batches that say who made them; from the moment the file is there, batch `odd` does what `harm` says."""
+
+    def __init__(self, armed: Path, odd: int, harm: str) -> None:
+        self.armed, self.odd, self.harm = armed, odd, harm
+
+    def __len__(self) -> int:
+        return _BATCHES
+
+    def __getitem__(self, index: int) -> Any:
+        if index == self.odd and self.armed.exists():
+            if self.harm == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif self.harm == "once":
+                self.armed.unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif self.harm == "raise":
+                raise ValueError("odd")
+            else:
+                time.sleep(60)
+        return np.full((2, 3), index)
+
+
+@pytest.fixture
+def pool() -> Iterator[keras_mp.WorkerPool]:
+    with keras_mp.WorkerPool(2) as made:
+        yield made
+
+
+def _submit(client: PoolClient) -> list[Any]:
+    return client.submit([Request(0, batch, [batch]) for batch in range(_BATCHES)])
+
+
+@pytest.mark.parametrize("harm", ["kill", "once", "raise", "stall"])
+@pytest.mark.parametrize("odd", [0, 3, _BATCHES - 1])
+def test_one_odd_batch_leaves_the_others_alone(harm: str, odd: int, pool: keras_mp.WorkerPool, tmp_path: Path) -> None:
+    client = pool.client(BatchLoader(_Batches(tmp_path / "armed", odd, harm)), timeout_s=0.25)
+    for _ in range(3):
+        for job in _submit(client):
+            client.result(job)
+    assert client.bundle_size > 1
+    (tmp_path / "armed").touch()
+    errors = {"kill": keras_mp.WorkerCrashed, "raise": keras_mp.SampleError, "stall": keras_mp.BatchTimeout}
+    for index, job in enumerate(_submit(client)):
+        if index == odd and harm in errors:
+            with pytest.raises(errors[harm], match=f"batch {odd} of epoch 0"):
+                client.result(job)
+        else:
+            assert (client.result(job).batch == index).all()
+    client.close()
+
+
+def test_batches_of_one_bundle_share_a_slot_and_no_memory(pool: keras_mp.WorkerPool, tmp_path: Path) -> None:  # P6
+    client = pool.client(BatchLoader(_Batches(tmp_path / "armed", 0, "")))
+    for _ in range(3):
+        for job in _submit(client):
+            client.result(job)
+    batches = [client.result(job).batch for job in _submit(client)]
+    assert client.stats()["slots"] < _BATCHES
+    for number, batch in enumerate(batches):
+        batch[...] = -number
+    assert all((batch == -number).all() for number, batch in enumerate(batches))
+    del batch, batches[1:]
+    for _ in range(3):
+        for job in _submit(client):
+            client.result(job)
+    assert (batches[0] == 0).all()
+    client.close()
+
+
+class _Slow:
+    def __init__(self, slow: int) -> None:
+        self.slow = slow
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> Any:
+        if index == self.slow:
+            time.sleep(0.05)
+        return np.full(2, index)
+
+
+def _reply(source: Any, batches: int) -> Reply:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        worker = Worker(ours)
+        worker._loaders[0] = BatchLoader(source)
+        return worker._run(Run(7, 0, -1, None, [Request(0, batch, [batch]) for batch in range(batches)]))
+
+
+def test_a_worker_gives_back_what_would_wait_behind_a_slow_batch() -> None:
+    reply = _reply(_Slow(2), 6)
+    assert (reply.number, len(reply.batches)) == (7, 3)
+    assert all(isinstance(batch, Done) for batch in reply.batches)
+    assert len(_reply(_Slow(7), 6).batches) == 6
+
+
+def test_a_worker_goes_on_after_a_batch_that_fails() -> None:
+    reply = _reply([np.zeros(1), None, np.zeros(1)], 3)
+    assert [type(batch) for batch in reply.batches] == [Done, Failed, Done]
