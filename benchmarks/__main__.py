@@ -1,4 +1,4 @@
-"""`python -m benchmarks [--quick] [--workloads a,b] [--loaders x,y] [--rounds N] [--workers N]`."""
+"""`python -m benchmarks [--quick] [--workloads a,b] [--loaders x,y] [--rounds N] [--workers N] [--name NAME]`."""
 
 import argparse
 import datetime
@@ -23,6 +23,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--loaders", help=f"comma-separated, of {', '.join(LOADERS)}")
     parser.add_argument("--rounds", type=int, help=f"default {_FULL_ROUNDS}, quick {_QUICK_ROUNDS}")
     parser.add_argument("--workers", type=int, default=2, help="worker processes of every loader, default 2")
+    parser.add_argument("--name", help="of the files with the results; by default one that says what was left out")
     args = parser.parse_args()
     try:
         args.chosen = select(args.workloads.split(",")) if args.workloads else list(WORKLOADS.values())
@@ -46,7 +47,7 @@ def main() -> None:
         "machine": report.machine(),
     }
     # A part of the workloads or loaders must not overwrite the results of them all.
-    stem = ("quick" if args.quick else "full") + ("-part" if args.workloads or args.loaders else "")
+    stem = args.name or ("quick" if args.quick else "full") + ("-part" if args.workloads or args.loaders else "")
     finished: list[Run] = []
 
     def tell(run: Run) -> None:

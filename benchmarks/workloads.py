@@ -25,6 +25,8 @@ STREAMING = (
     "ours-export",
 )
 _POOLS = ("keras-pool", "torch", "grain", "hf", "ours-fit", "ours-export")
+_POOLS_AND_LIMIT = ("limit", *_POOLS)
+_TRAINING = ("limit", "in-process", "keras-pool", "tf-map", "recipe", "torch", "ours-fit", "ours-export")
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Workload:
     title: str
     make: Callable[[int], Work]
     batches: tuple[int, int]
-    epochs: tuple[int, int] = (3, 2)
+    epochs: tuple[int, int] = (2, 2)
     loaders: tuple[str, ...] = STREAMING
     metric: Metric = EPOCH
     workers: int | None = None
@@ -90,22 +92,41 @@ def _scale(workers: int) -> Workload:
         f"scale-{workers}",
         f"{workers} sleeping workers, 500 batches/s",
         lambda batches: Sleep(batches, workers / 500),
-        (2000, 600),
-        (2, 1),
-        ("keras-pool", "torch", "ours-fit", "ours-export"),
+        (1200, 600),
+        (1, 1),
+        ("torch", "ours-fit", "ours-export"),
         CPU,
         workers,
     )
 
 
 _ALL = (
-    Workload("satellite", "Sentinel-2 tiles, real files", _satellite, (80, 8), (2, 1)),
-    Workload("python", "about 45 ms of pure Python a batch", lambda n: Spin(n, _SPIN_45_MS), (240, 24), (2, 2)),
-    Workload("big", "64x224x224x3 float32, 38.5 MB", lambda n: Fill(n, (64, 224, 224, 3)), (48, 16)),
-    Workload("uint8", "64x224x224x3 uint8, 9.6 MB", lambda n: Fill(n, (64, 224, 224, 3), "uint8"), (96, 32)),
+    Workload("satellite", "Sentinel-2 tiles, real files", _satellite, (64, 8), (1, 1), _TRAINING),
+    Workload("python", "about 45 ms of pure Python a batch", lambda n: Spin(n, _SPIN_45_MS), (240, 24), (1, 2)),
+    Workload("big", "64x224x224x3 float32, 38.5 MB", lambda n: Fill(n, (64, 224, 224, 3)), (32, 16)),
+    Workload(
+        "uint8",
+        "64x224x224x3 uint8, 9.6 MB",
+        lambda n: Fill(n, (64, 224, 224, 3), "uint8"),
+        (64, 32),
+        loaders=_POOLS_AND_LIMIT,
+    ),
     Workload("small", "32x128 float32, no work", lambda n: Fill(n, (32, 128)), (2000, 600)),
-    Workload("ragged", "one batch in ten 20 times slower", lambda n: Spin(n, 100_000, 10, 20), (200, 60), (2, 2)),
-    Workload("dict", "12 leaves of 32x64 float32", lambda n: Fill(n, (32, 64), leaves=12), (1000, 300)),
+    Workload(
+        "ragged",
+        "one batch in ten 20 times slower",
+        lambda n: Spin(n, 100_000, 10, 20),
+        (200, 60),
+        (1, 2),
+        _POOLS_AND_LIMIT,
+    ),
+    Workload(
+        "dict",
+        "12 leaves of 32x64 float32",
+        lambda n: Fill(n, (32, 64), leaves=12),
+        (500, 300),
+        loaders=_POOLS_AND_LIMIT,
+    ),
     Workload(
         "first",
         "first batch from a cold start, NumPy only",
@@ -120,7 +141,7 @@ _ALL = (
         "about 10 ms of pure Python a batch, many epochs",
         lambda n: Spin(n, _SPIN_45_MS * 10 // 45),
         (40, 40),
-        (6, 3),
+        (5, 3),
         _POOLS,
         GAP,
     ),
@@ -137,13 +158,13 @@ _ALL = (
         "train",
         "fit whose step takes 1.2 times as long as loading",
         lambda n: Spin(n, _SPIN_45_MS),
-        (100, 24),
-        (2, 1),
+        (80, 24),
+        (1, 1),
         ("in-process", "keras-threads", "keras-pool", "tf-map", "torch", "ours-fit", "ours-export"),
         WAIT,
         step_share=1.2,
     ),
-    *(_scale(workers) for workers in (8, 16, 32, 64, 128)),
+    *(_scale(workers) for workers in (8, 32, 128)),
 )
 
 WORKLOADS = {workload.name: workload for workload in _ALL}

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Generator, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Generator, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -79,7 +79,7 @@ class _Spec:
         """Leaves of the right dtypes, for a batch that nobody will look at."""
         return [np.empty(0, leaf.dtype.as_numpy_dtype) for _, leaf in self.leaves]
 
-    def pack(self, tensors: list[Any]) -> Any:
+    def pack(self, tensors: Sequence[tf.Tensor]) -> Any:
         """The tensors in the structure of the spec, with the shapes it promises."""
         for tensor, (_, spec) in zip(tensors, self.leaves, strict=True):
             tensor.set_shape(spec.shape)
@@ -96,6 +96,7 @@ def export(dataset: LoadedDataset, epochs: int, prefetch: int | None, element_sp
         together = _together(first)
         element_spec = _spec_of(first, dataset._batch_axis)
     spec = _Spec(_tuples(element_spec))
+    dtypes = [leaf.dtype for _, leaf in spec.leaves]
     resumed = len(dataset) != dataset._plan.num_batches
     total = epochs * dataset._plan.num_batches
     streams: dict[int, Generator[Any]] = {}
@@ -113,29 +114,28 @@ def export(dataset: LoadedDataset, epochs: int, prefetch: int | None, element_sp
             del streams[number]
             stream.close()
 
-    def take(number: np.int64) -> list[Any]:
-        """How many batches there are (0: no more), and their leaves, filled up with the last batch again."""
+    def take(number: np.int64) -> list[np.ndarray[Any, Any]]:
+        """The leaves of the next batch."""
+        (leaves,) = next(streams[int(number)])
+        return cast("list[np.ndarray[Any, Any]]", leaves)
+
+    def take_some(number: np.int64) -> list[Any]:
+        """How many batches are ready (0: no more), and their leaves, filled up with the last batch again."""
         taken: list[Any] = next(streams[int(number)], [])
         filled = taken + [taken[-1] if taken else spec.nothing()] * (together - len(taken))
         return [np.int64(len(taken)), *(leaf for leaves in filled for leaf in leaves)]
 
-    def call(number: tf.Tensor) -> Any:
-        count, *leaves = tf.numpy_function(
-            take, [number], [tf.int64, *[leaf.dtype for _, leaf in spec.leaves] * together]
-        )
-        count.set_shape(())
-        width = len(spec.leaves)
-        return count, *(spec.pack(leaves[start : start + width]) for start in range(0, len(leaves), width))
-
-    def apart(count: tf.Tensor, *group: Any) -> tf.data.Dataset:
-        single = [tf.data.Dataset.from_tensors(batch) for batch in group]
-        return functools.reduce(tf.data.Dataset.concatenate, single).take(count)
+    def apart(count: tf.Tensor, *leaves: tf.Tensor) -> tf.data.Dataset:
+        starts = range(0, len(leaves), len(dtypes))
+        single = [tf.data.Dataset.from_tensors(spec.pack(leaves[start : start + len(dtypes)])) for start in starts]
+        return functools.reduce(tf.data.Dataset.concatenate, single).take(tf.ensure_shape(count, ()))
 
     def batches(number: tf.Tensor, count: tf.Tensor) -> tf.data.Dataset:
-        calls = tf.data.Dataset.range(count).map(plain(lambda _: call(number)))
+        calls = tf.data.Dataset.range(count)
         if together == 1:
-            return calls.map(plain(lambda _, batch: batch))
-        return calls.take_while(plain(lambda count, *_: count > 0)).flat_map(plain(apart))
+            return calls.map(plain(lambda _: spec.pack(tf.numpy_function(take, [number], dtypes))))
+        some = calls.map(plain(lambda _: tuple(tf.numpy_function(take_some, [number], [tf.int64, *dtypes * together]))))
+        return some.take_while(plain(lambda count, *_: tf.ensure_shape(count, ()) > 0)).flat_map(plain(apart))
 
     scalar = tf.TensorSpec((), tf.int64)
     streamed = tf.data.Dataset.from_generator(opened, output_signature=(scalar, scalar)).flat_map(plain(batches))
