@@ -58,7 +58,7 @@ class Fitter:
         steps = recorder.batches if feed.spans_epochs else None
         seen = [float(model.total.numpy())]
 
-        class Marks(keras.callbacks.Callback):  # type: ignore[misc, unused-ignore]
+        class Marks(keras.callbacks.Callback):
             def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
                 recorder.mark(0.0)
 
@@ -77,7 +77,7 @@ class Fitter:
 
 
 def _repeat(base: Any, example: Any) -> Callable[[int], Iterable[Any]]:
-    class Repeated(base):  # type: ignore[misc]
+    class Repeated(base):
         def __init__(self, batches: int) -> None:
             super().__init__()
             self._batches = batches
@@ -101,7 +101,7 @@ def _touching_model(step_s: float) -> Any:
     def accelerate() -> None:
         time.sleep(step_s)
 
-    class Touch(keras.Model):  # type: ignore[misc, unused-ignore]
+    class Touch(keras.Model):
         def __init__(self) -> None:
             super().__init__()
             self.total = tf.Variable(0.0, dtype=tf.float64, trainable=False)

@@ -6,10 +6,13 @@
     job.take()  <--------- job's latch  reads replies, watches      <--socket--   reply: where it lies
       arrays alias the slot             exits, stops and deadlines
 
+Jobs for small batches go to a worker in bundles: one message, one slot and one reply for all of them. Of a bundle that
+goes wrong every job is handed out again, alone.
+
 One socketpair a worker, and no lock or queue shared between processes, so a process that dies can take nothing with it:
-its socket ends, the batch it was at is known, it alone is replaced, and that batch alone is run again (P3).
-What a worker's end says of its batches is decided in `seat`. Whoever is killed, nothing is
-left: sockets, lifelines and memory files have no name and end with their last holder (P4).
+its socket ends, the batch it was at is known, it alone is replaced, and its batches alone are run again (P3). What a
+worker's end says of its batches is decided in `seat`. Whoever is killed, nothing is left: sockets, lifelines and memory
+files have no name and end with their last holder (P4).
 
 NOTE (finalisers take no lock): datasets and pools may be collected on any thread, also while it holds the pool's lock,
 so finalisers only leave a note for the dispatcher and wake it.
@@ -36,13 +39,11 @@ from keras_mp.arena import Lease
 from keras_mp.errors import KerasMPError, PoolClosed, WorkerCrashed
 from keras_mp.loading import Request
 from keras_mp.messages import Done, Forget, Reply, Run
-from keras_mp.seat import EXIT_GRACE_S, INNOCENT_EXITS, Seat
+from keras_mp.seat import EXIT_GRACE_S, Seat
 from keras_mp.spawn import Process, worker_environment
+from keras_mp.starts import Starts
 from keras_mp.task import Bundle, Job, Task
 
-_START_TRIES = 3
-_START_PATIENCE_S = 30.0  # for starts that somebody's SIGKILL ends, say the system's, short of memory
-_START_PAUSE_S = 10.0  # before another try, while the workers that there are do the work
 _TICK_S = 0.5
 _EOF_GRACE_S = 1.0  # a process that ends closes its socket a moment earlier
 _SEND_TIMEOUT_S = 10.0
@@ -76,9 +77,7 @@ class Dispatcher:
         self._ticking = False
         self._busy_at = 0.0
         self._watched_at = 0.0
-        self._failed_starts = 0
-        self._failing_since = 0.0
-        self._start_after = 0.0
+        self._starts = Starts()
         self._next_number = 0
         self._warned = False
         self._warning = ""
@@ -235,7 +234,7 @@ class Dispatcher:
                     self._answer(seat, message)
                 else:
                     seat.process.hello()
-                    self._failed_starts = 0
+                    self._starts.succeeded()
                 self._pump()
         if gone:
             with self._lock:
@@ -315,7 +314,7 @@ class Dispatcher:
         """Starts as many workers as there is work for; on the dispatcher's thread, where no Ctrl-C can come between."""
         starting = sum(not seat.process.ready for seat in self._seats)
         while len(self._seats) < self.workers and starting < len(self._queue):
-            if self._seats and time.monotonic() < self._start_after:
+            if self._seats and self._starts.pausing:
                 return
             try:
                 process = Process(self._environment)
@@ -327,7 +326,7 @@ class Dispatcher:
                     process.reap()
                     raise
             except OSError as error:
-                self._start_after = time.monotonic() + _START_PAUSE_S
+                self._starts.pause()
                 if self._seats:
                     return  # fewer workers than asked for still do the work
                 self._give_up(
@@ -458,30 +457,15 @@ class Dispatcher:
             seat.broken = "closed its socket, but went on running"
         ended = seat.process.reap()
         if not seat.process.ready:
-            self._note_failed_start(seat, seat.ended_for or seat.broken or ended, stderr)
+            if self._starts.failed(seat) and not self._seats:
+                how = seat.ended_for or seat.broken or ended
+                self._give_up(f"a worker process could not start ({how}). It said:\n{stderr or '(nothing)'}")
             return
         self.restarts += 1
         current = seat.current()
         if current is not None:
             seat.judge(current, seat.broken or f"ended with {ended}")
         self._put_back(seat.jobs)
-
-    def _note_failed_start(self, seat: Seat, how: str, stderr: str) -> None:
-        """Gives up where no worker is left and none can start: one exit of its own, or three faults, shows that."""
-        now = time.monotonic()
-        if not self._failed_starts:
-            self._failing_since = now
-        self._failed_starts += 1
-        timed_out = bool(seat.ended_for) and seat.stopped_since is None
-        if seat.process.exit_code in INNOCENT_EXITS and not timed_out:
-            hopeless = now - self._failing_since > _START_PATIENCE_S
-        else:
-            hopeless = (seat.process.exit_code or 0) >= 0 or timed_out or self._failed_starts >= _START_TRIES
-        if hopeless:
-            self._start_after = now + _START_PAUSE_S
-            if not self._seats:
-                self._failed_starts = 0
-                self._give_up(f"a worker process could not start ({how}). It said:\n{stderr or '(nothing)'}")
 
     def _give_up(self, text: str) -> None:
         """Fails every queued job; a later request tries afresh."""

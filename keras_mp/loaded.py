@@ -205,9 +205,13 @@ class LoadedDataset(keras.utils.PyDataset):
         Each iteration of the result is a new epoch of this dataset (or `epochs` of them one after the other, the next
         one loading while the last batches of the one before are consumed). Its cardinality is known.
 
+        tf.data's autotuning is off in the result: nothing in it is to be tuned, and the tuner can hold up the end of an
+        epoch (docs/speed.md). A pipeline of your own behind it may switch it on again by `with_options`.
+
         Args:
             epochs: epochs in one iteration.
-            prefetch: batches that tf.data keeps ready besides those this dataset loads ahead; None: `tf.data.AUTOTUNE`.
+            prefetch: batches that tf.data keeps ready besides those this dataset loads ahead (of small ones up to eight
+                more); None: `tf.data.AUTOTUNE`.
             element_spec: nest of `tf.TensorSpec`, for batches whose shapes vary beyond the first axis; None: taken from
                 the first batch, with the batch axis unknown unless every batch has the same number of samples.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import multiprocessing
 import os
 from collections.abc import Generator, Iterator
 from multiprocessing import resource_tracker
@@ -14,6 +16,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import pytest
 from hypothesis import HealthCheck, settings
 
+import keras_mp
 from tests import census
 
 # A loaded machine makes single examples slow; no test may depend on the wall clock.
@@ -37,6 +40,32 @@ def pytest_runtest_makereport(
     if call.when == "call":
         item.stash[_outcome] = report.passed
     return report
+
+
+@pytest.fixture
+def pool() -> Iterator[keras_mp.WorkerPool]:
+    """Two workers, which start when they are first asked for something."""
+    with keras_mp.WorkerPool(2) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def running_pool() -> Iterator[keras_mp.WorkerPool]:
+    """Two workers that run already: of a wider scope than the census, so that no test counts as leaving them behind."""
+    with keras_mp.WorkerPool(2) as made:
+        with keras_mp.PoolDataset(range(16), batch_size=1, pool=made) as dataset:
+            for _ in dataset:
+                pass
+        yield made
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[concurrent.futures.Executor]:
+    """An executor of the user's, running likewise."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as made:
+        list(made.map(abs, range(8)))
+        yield made
 
 
 @pytest.fixture(autouse=True)

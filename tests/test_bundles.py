@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +42,6 @@ class _Batches:
             else:
                 time.sleep(60)
         return np.full((2, 3), index)
-
-
-@pytest.fixture
-def pool() -> Iterator[keras_mp.WorkerPool]:
-    with keras_mp.WorkerPool(2) as made:
-        yield made
 
 
 def _submit(client: PoolClient) -> list[Any]:

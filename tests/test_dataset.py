@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
-import multiprocessing
 import pickle
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -28,22 +26,13 @@ def _plain(nest: Any) -> Any:
     return nest.tolist() if isinstance(nest, np.ndarray) else nest
 
 
-@pytest.fixture(scope="module", autouse=True)
-def pool() -> Iterator[keras_mp.WorkerPool]:
-    """Two workers, running."""
-    with keras_mp.WorkerPool(2) as made:
-        with keras_mp.PoolDataset(_DATA, batch_size=1, pool=made) as dataset:
-            list(dataset)
-        yield made
+pytestmark = pytest.mark.usefixtures("processes")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def processes() -> Iterator[concurrent.futures.Executor]:
-    """An executor of the user's, running."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as made:
-        list(made.map(abs, range(8)))
-        yield made
+def pool(running_pool: keras_mp.WorkerPool) -> keras_mp.WorkerPool:
+    """One for all tests of this module."""
+    return running_pool
 
 
 @pytest.fixture(params=["workers", "threads", "in-process", "keras", "executor"])

@@ -8,7 +8,6 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +33,9 @@ def _pids(dataset: keras_mp.PoolDataset) -> set[int]:
 
 
 @pytest.fixture(scope="module")
-def pool() -> Iterator[keras_mp.WorkerPool]:
-    """Two workers, running."""
-    with keras_mp.WorkerPool(2) as made:
-        with keras_mp.PoolDataset(_DATA, batch_size=1, pool=made) as dataset:
-            for _ in dataset:
-                pass
-        yield made
+def pool(running_pool: keras_mp.WorkerPool) -> keras_mp.WorkerPool:
+    """One for all tests of this module."""
+    return running_pool
 
 
 def _dataset(**options: Any) -> keras_mp.PoolDataset:

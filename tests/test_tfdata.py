@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,9 @@ _SLOT = "memfd:keras_mp"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def pool() -> Iterator[keras_mp.WorkerPool]:
-    """Two workers, running."""
-    with keras_mp.WorkerPool(2) as made:
-        with keras_mp.PoolDataset(_DATA, batch_size=1, pool=made) as dataset:
-            list(dataset)
-        yield made
+def pool(running_pool: keras_mp.WorkerPool) -> keras_mp.WorkerPool:
+    """One for all tests of this module."""
+    return running_pool
 
 
 def _dataset(transform: Any = None, **options: Any) -> keras_mp.PoolDataset:

@@ -8,7 +8,7 @@ from benchmarks.loaders import Feed
 from benchmarks.work import Work
 
 
-class Wrapped(keras.utils.PyDataset):  # type: ignore[misc, unused-ignore]
+class Wrapped(keras.utils.PyDataset):
     """The work as a stock PyDataset."""
 
     def __init__(self, work: Work, workers: int, use_multiprocessing: bool) -> None:

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,6 @@ from tests.faults.common import digest, digests, harmed, undisturbed
 from tests.faults.harm import ALWAYS, Harm
 
 _GONE_S = 5.0
-
-
-@pytest.fixture
-def pool() -> Iterator[keras_mp.WorkerPool]:
-    with keras_mp.WorkerPool(2) as made:
-        yield made
 
 
 class _Taker:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,6 @@ from tests.faults.harm import ALWAYS, Harm, Row
 
 _SAMPLES = 48
 _EPOCHS = 3
-
-
-@pytest.fixture
-def pool() -> Iterator[keras_mp.WorkerPool]:
-    with keras_mp.WorkerPool(2) as made:
-        yield made
 
 
 def _dataset(harm: Harm | None = None, **options: Any) -> keras_mp.PoolDataset:

@@ -10,13 +10,12 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import keras_mp
-from keras_mp import dispatcher, seat
+from keras_mp import seat, starts
 from tests.census import eventually
 from tests.faults import harm as harms
 from tests.faults.common import digests, harmed, undisturbed
@@ -33,12 +32,6 @@ _AT = {"unpickle": "before its first sample", "load": "at sample 13", "write": "
 @pytest.fixture(autouse=True)
 def _short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seat, "_STOPPED_GRACE_S", 0.5)
-
-
-@pytest.fixture
-def pool() -> Iterator[keras_mp.WorkerPool]:
-    with keras_mp.WorkerPool(2) as made:
-        yield made
 
 
 def _timeout_s(kind: str) -> float | None:
@@ -201,7 +194,7 @@ def test_workers_that_die_while_starting_are_replaced(kind: str, times: int, tmp
 def test_workers_that_cannot_start_are_an_error(
     kind: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatcher, "_START_PATIENCE_S", 1.0)
+    monkeypatch.setattr(starts, "_PATIENCE_S", 1.0)
     if kind == "hang":
         monkeypatch.setattr(seat, "_START_TIMEOUT_S", 1.0)
     code = f"import sys\nprint('here it goes', file=sys.stderr, flush=True)\n{_striking(Harm(kind, tmp_path, ALWAYS))}"

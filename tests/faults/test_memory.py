@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,6 @@ from tests.faults import scripts
 from tests.faults.common import digest, digests, harmed, undisturbed
 
 Array = npt.NDArray[Any]
-
-
-@pytest.fixture
-def pool() -> Iterator[keras_mp.WorkerPool]:
-    with keras_mp.WorkerPool(2) as made:
-        yield made
 
 
 # -- refused ---------------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import itertools
-import multiprocessing
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,22 +20,13 @@ _BATCH = 8
 _BATCHES = 7
 
 
-@pytest.fixture(scope="module", autouse=True)
-def pool() -> Iterator[keras_mp.WorkerPool]:
-    """Two workers, running."""
-    with keras_mp.WorkerPool(2) as made:
-        with keras_mp.PoolDataset(range(8), batch_size=1, pool=made) as dataset:
-            list(dataset)
-        yield made
+pytestmark = pytest.mark.usefixtures("processes")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def processes() -> Iterator[concurrent.futures.Executor]:
-    """An executor of the user's, running."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as made:
-        list(made.map(abs, range(8)))
-        yield made
+def pool(running_pool: keras_mp.WorkerPool) -> keras_mp.WorkerPool:
+    """One for all tests of this module."""
+    return running_pool
 
 
 @pytest.fixture(autouse=True)
