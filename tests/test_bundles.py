@@ -39,6 +39,8 @@ class _Batches:
                 os.kill(os.getpid(), signal.SIGKILL)
             elif self.harm == "raise":
                 raise ValueError("odd")
+            elif self.harm == "slow":
+                time.sleep(0.05)
             else:
                 time.sleep(60)
         return np.full((2, 3), index)
@@ -48,7 +50,7 @@ def _submit(client: PoolClient) -> list[Any]:
     return client.submit([Request(0, batch, [batch]) for batch in range(_BATCHES)])
 
 
-@pytest.mark.parametrize("harm", ["kill", "once", "raise", "stall"])
+@pytest.mark.parametrize("harm", ["kill", "once", "raise", "slow", "stall"])
 @pytest.mark.parametrize("odd", [0, 3, _BATCHES - 1])
 def test_one_odd_batch_leaves_the_others_alone(harm: str, odd: int, pool: keras_mp.WorkerPool, tmp_path: Path) -> None:
     client = pool.client(BatchLoader(_Batches(tmp_path / "armed", odd, harm)), timeout_s=0.25)
@@ -58,12 +60,16 @@ def test_one_odd_batch_leaves_the_others_alone(harm: str, odd: int, pool: keras_
     assert client.bundle_size > 1
     (tmp_path / "armed").touch()
     errors = {"kill": keras_mp.WorkerCrashed, "raise": keras_mp.SampleError, "stall": keras_mp.BatchTimeout}
-    for index, job in enumerate(_submit(client)):
+    jobs = _submit(client)
+    for index, job in enumerate(jobs):
         if index == odd and harm in errors:
             with pytest.raises(errors[harm], match=f"batch {odd} of epoch 0"):
                 client.result(job)
         else:
             assert (client.result(job).batch == index).all()
+    assert [index for index, job in enumerate(jobs) if job.faults] == (
+        [odd] if harm in ("kill", "once", "stall") else []
+    )
     client.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import itertools
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -348,3 +349,7 @@ def test_an_epoch_is_read_ahead_from_its_begin_and_no_batch_is_loaded_twice(shuf
         loaded.clear()
         dataset.on_epoch_begin()
         assert eventually(lambda: len(loaded) == 10)
+        order = list(range(20))
+        if shuffle:
+            random.shuffle(order)  # as Keras would now
+        assert sorted(loaded) == sorted(order[:10])
