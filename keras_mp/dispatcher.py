@@ -343,7 +343,7 @@ class Dispatcher:
             seat.head_since = time.monotonic()
         bundle = Bundle(self._next_number)
         self._next_number += 1
-        seat.bundles.append(bundle)  # first of all: should anything happen from here on, the jobs are not lost
+        seat.bundles.append(bundle)  # empty as yet: should Ctrl-C come from here on, no job is lost
         try:
             self._fill(bundle, most)
             task = bundle.jobs[0].task
@@ -441,7 +441,7 @@ class Dispatcher:
         for seat in self._seats:
             if seat.process.has_ended():
                 gone.append(seat)
-            elif not seat.ended_for and (seat.bundles or not seat.process.ready):
+            elif not seat.ended_for and (seat.jobs or not seat.process.ready):  # a bundle may be empty
                 seat.ended_for = seat.missed_deadline(now)
                 if seat.ended_for:
                     seat.ended_at = seat.current()

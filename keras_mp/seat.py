@@ -61,8 +61,8 @@ class Seat:
             return f"stood stopped (SIGSTOP) for {_STOPPED_GRACE_S:g} s"
         return ""
 
-    def judge(self, job: Job, ended: str) -> bool:
-        """Whether the end of this worker is the end of `job` too; then the job is told so.
+    def judge(self, job: Job, ended: str) -> None:
+        """Fails `job` if the end of this worker is its end too.
 
         A batch that two workers died on is given up, and so is one that took too long twice. A worker that somebody
         killed before the batch's first sample says little against the batch: five of them do.
@@ -72,7 +72,7 @@ class Seat:
             ended: how the worker ended, in words.
         """
         if job.done or (self.ended_for and job is not self.ended_at):
-            return job.done  # it was the batch before this one that the worker was ended for
+            return  # it was the batch before this one that the worker was ended for
         sample = job.sample_in_progress()
         at = "before its first sample" if sample is None else f"at sample {sample}"
         job.faults.append(f"process {self.process.pid} {self.ended_for or ended}, {at}")
@@ -84,7 +84,7 @@ class Seat:
         else:
             job.crashes += 1
         if max(job.timeouts, job.crashes) < 2 and job.unstarted < _UNSTARTED_TRIES:
-            return False
+            return
         faults = f"{'twice' if len(job.faults) == 2 else f'{len(job.faults)} times'}: {'; '.join(job.faults)}."
         if self.ended_for:
             advice = (
@@ -98,4 +98,3 @@ class Seat:
                 "SIGSEGV a fault in compiled code, whose traceback is on stderr above."
             )
             job.fail(WorkerCrashed(f"{job.name} ended its worker {faults} {advice}"))
-        return True

@@ -16,6 +16,7 @@ import keras_mp
 from keras_mp.loading import BatchLoader, Request
 from keras_mp.messages import Done, Failed, Reply, Run
 from keras_mp.pool import PoolClient
+from keras_mp.task import Bundle
 from keras_mp.worker import Worker
 
 _BATCHES = 40
@@ -89,6 +90,20 @@ def test_batches_of_one_bundle_share_a_slot_and_no_memory(pool: keras_mp.WorkerP
             client.result(job)
     assert (batches[0] == 0).all()
     client.close()
+
+
+def test_a_bundle_that_was_never_filled_does_no_harm(running_pool: keras_mp.WorkerPool) -> None:  # P3
+    """Ctrl-C in a consumer may come between the making of a bundle and its filling."""
+    dispatcher = running_pool._dispatcher
+    with dispatcher._lock:
+        seat = dispatcher._seats[0]
+        seat.bundles.append(Bundle(-1))
+        dispatcher._watched_at = 0.0
+        try:
+            assert dispatcher._watch() == []
+        finally:
+            seat.bundles.pop()
+    assert not dispatcher.closed
 
 
 class _Slow:
