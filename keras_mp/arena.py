@@ -1,4 +1,4 @@
-"""Shared memory: slots that batches are built in, leases on them, and segments that carry the source.
+"""Shared memory for batches: slots that they are built in, and leases on them.
 
 A *slot* is one anonymous memory file. The parent creates it, lends it to a worker for one batch, and hands the finished
 arrays to the consumer without a copy; they stand on a *lease*, and when the last of them is gone the lease returns the
@@ -78,7 +78,7 @@ class Slot:
         if self._map is None or self._map.nbytes < self.size:
             if self.fd < 0:  # mmap would take it for anonymous memory
                 raise OSError(errno.EBADF, "the slot has been closed")
-            self._map = _map(self.fd, self.size)
+            self._map = map_file(self.fd, self.size)
         return self._map
 
     def write(self, data: bytes) -> None:
@@ -226,7 +226,7 @@ class SlotMemory:
         if self.size != size or len(self._maps) != 1:
             self.size, self._control = 0, None
             self._maps.clear()
-            self._maps.append((0, _map(self._fd, size)))
+            self._maps.append((0, map_file(self._fd, size)))
             self.size = size
             self._control = _control_words(self._maps[0][1])
         self._end = CONTROL_BYTES
@@ -259,7 +259,7 @@ class SlotMemory:
             start = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
             new_size = round_to_page(offset + size + size // 8)
             os.ftruncate(self._fd, new_size)
-            memory = _map(self._fd, new_size - start, offset=start)
+            memory = map_file(self._fd, new_size - start, offset=start)
             self._maps.append((start, memory))
             self.size = new_size
         self._end = offset + size
@@ -299,55 +299,10 @@ class SlotMemory:
         self._control = None
 
 
-class Segment:
-    """Read-only memory that the parent fills once and every worker maps: the large arrays of a source."""
-
-    def __init__(self, buffers: Sequence[pickle.PickleBuffer], places: Sequence[tuple[int, int]], size: int) -> None:
-        self.fd = create_memory_file()
-        self.size = size
-        try:
-            os.ftruncate(self.fd, size)
-            for buffer, (offset, _) in zip(buffers, places, strict=True):
-                _write_all(self.fd, buffer.raw(), offset)
-        except OSError:
-            self.close()
-            raise
-
-    def holds(self, buffers: Sequence[pickle.PickleBuffer], places: Sequence[tuple[int, int]], size: int) -> bool:
-        """Whether filling a segment with these buffers would give this one's bytes again."""
-        if size != self.size or not size:
-            return size == self.size
-        memory = map_segment(self.fd, size)
-        return all(
-            np.array_equal(memory[offset : offset + length], np.frombuffer(buffer.raw(), dtype=np.uint8))
-            for buffer, (offset, length) in zip(buffers, places, strict=True)
-        )
-
-    def close(self) -> None:
-        """Gives up the descriptor; workers keep their mappings."""
-        if self.fd >= 0:
-            fd, self.fd = self.fd, -1
-            os.close(fd)
-
-    def __del__(self) -> None:
-        if getattr(self, "fd", -1) >= 0:  # of a task that nobody closed, or that failed half-way
-            self.close()
-
-
-def map_segment(fd: int, size: int) -> npt.NDArray[np.uint8]:
-    """A segment as read-only bytes."""
-    return _map(fd, size, access=mmap.ACCESS_READ)
-
-
-def _map(fd: int, size: int, **options: int) -> npt.NDArray[np.uint8]:
+def map_file(fd: int, size: int, **options: int) -> npt.NDArray[np.uint8]:
+    """A file in memory as bytes; `options` are those of `mmap`."""
     return np.frombuffer(mmap.mmap(fd, size, **options, **_KEEP_NO_DESCRIPTOR), dtype=np.uint8)
 
 
 def _control_words(memory: npt.NDArray[np.uint8]) -> memoryview:
     return memory.data[:CONTROL_BYTES].cast("q")
-
-
-def _write_all(fd: int, data: memoryview, offset: int) -> None:
-    while data.nbytes:
-        written = os.pwrite(fd, data[: 1 << 30], offset)
-        data, offset = data[written:], offset + written

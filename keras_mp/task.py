@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from keras_mp import wire
-from keras_mp.arena import NOT_STARTED, Arena, Lease, Segment, map_segment
+from keras_mp.arena import NOT_STARTED, Arena, Lease
 from keras_mp.errors import KerasMPError, PoolClosed
 from keras_mp.loading import Loaded, Loader, Request
 from keras_mp.messages import Done, Failed, Load, error_of
+from keras_mp.segment import Segment, map_segment
 
 # Buffers from this size on are kept apart, so that an epoch that changes only an index array does not copy the images.
 _LARGE_BYTES = 1 << 20

@@ -24,11 +24,12 @@ import numpy as np
 import numpy.typing as npt
 
 from keras_mp import wire
-from keras_mp.arena import SlotMemory, map_segment
+from keras_mp.arena import SlotMemory
 from keras_mp.collate import allocating
 from keras_mp.loading import Loaded, Loader, Request, ignore_position
 from keras_mp.messages import EXIT_NO_DESCRIPTOR, Done, Failed, Forget, Hello, Load, Reply, Run, failed_batch
 from keras_mp.randomness import seed_global_state
+from keras_mp.segment import map_segment
 
 # Frames longer than this go through the slot: the parent reads many workers' sockets, and a pickle in shared memory
 # costs it nothing until the batch is wanted.

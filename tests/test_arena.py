@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keras_mp import arena, wire
-from keras_mp.arena import CONTROL_BYTES, NOT_STARTED, Arena, Segment, Slot, SlotMemory
+from keras_mp.arena import CONTROL_BYTES, NOT_STARTED, Arena, Slot, SlotMemory
+from keras_mp.segment import Segment, map_segment
 
 Array = npt.NDArray[Any]
 
@@ -305,7 +306,7 @@ def test_segments_hold_their_buffers(data: list[bytes]) -> None:
     segment = Segment(buffers, places, size)
     try:
         if size:
-            memory = arena.map_segment(segment.fd, size)
+            memory = map_segment(segment.fd, size)
             assert not memory.flags.writeable
             assert [memory[offset : offset + length].tobytes() for offset, length in places] == data
             assert segment.holds(buffers, places, size)
