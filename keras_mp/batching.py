@@ -13,14 +13,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from keras_mp.loading import Request
+
 Indices = npt.NDArray[np.int64]
 Order = Callable[[int, np.random.Generator], Any]
+
+# The length of a source that never ends.
+ENDLESS = sys.maxsize
 
 # A permutation of this many samples takes 8 MB and 20 ms; beyond it a keyed bijection needs neither.
 _MATERIALISE_LIMIT = 1 << 20
@@ -62,6 +68,45 @@ class Batching:
         """Batches an epoch, the same on every shard."""
         step = self.batch_size * self.num_shards
         return self.epoch_length // step if self.drop_remainder else -(-self.epoch_length // step)
+
+    @property
+    def is_endless(self) -> bool:
+        """Whether there is no last batch."""
+        return self.length == ENDLESS
+
+    @property
+    def is_ordered(self) -> bool:
+        """Whether it has an order of its own, which is none of Keras's business."""
+        return self.shuffle or self.order is not None
+
+    def for_shard(self, num_shards: int, shard: int) -> Batching:
+        """The plan of one of `num_shards` parts.
+
+        Raises:
+            ValueError: it is a part already, or its samples cannot be divided so that all have as many batches.
+        """
+        if self.num_shards != 1:
+            raise ValueError(f"this dataset is shard {self.shard} of {self.num_shards} already")
+        if self.batch_size == 1 and not self.drop_remainder and self.epoch_length % num_shards:
+            raise ValueError(
+                f"{self.epoch_length} samples in batches of one cannot give num_shards={num_shards} the same "
+                "number of batches; pass drop_remainder=True, or batch_size=2 or more"
+            )
+        plan = dataclasses.replace(self, num_shards=num_shards, shard=shard)
+        if plan.num_batches == 0 or plan.epoch_length < num_shards:
+            raise ValueError(
+                f"{plan.epoch_length} samples are too few for a batch on each of num_shards={num_shards} with "
+                f"batch_size={plan.batch_size}, drop_remainder={plan.drop_remainder}"
+            )
+        return plan
+
+    def request(self, epoch: int, batch: int) -> Request:
+        """What is to be loaded for `batch` of `epoch`."""
+        samples = self.samples(epoch, batch)
+        if not self.is_ordered:
+            return Request(epoch, batch, range(int(samples[0]), int(samples[-1]) + 1))
+        repeats = self.repeats(epoch, batch)
+        return Request(epoch, batch, samples.tolist(), () if repeats is None else repeats.tolist())
 
     def span(self, batch: int) -> tuple[int, int]:
         """Positions [start, stop) in the epoch's order that make this shard's `batch`."""

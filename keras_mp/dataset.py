@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-from collections.abc import Callable, Generator, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Generator
+from typing import Any
 
 import keras
 
 from keras_mp import checks
-from keras_mp.batching import Batching
-from keras_mp.epochs import EpochTracker
+from keras_mp.batching import ENDLESS, Batching
 from keras_mp.loaded import LoadedDataset, Pool
 from keras_mp.loading import BatchLoader, OnError, SampleLoader
 from keras_mp.wire import dump_user_object
-
-_STATE_VERSION = 1
 
 
 class PoolDataset(LoadedDataset):
@@ -108,6 +103,7 @@ class PoolDataset(LoadedDataset):
         super().__init__(
             loader,
             plan,
+            seed=seed,
             workers=workers,
             use_multiprocessing=use_multiprocessing,
             max_queue_size=max_queue_size,
@@ -115,113 +111,12 @@ class PoolDataset(LoadedDataset):
             pool=pool,
             max_failures=checks.check_max_failures(max_failures),
         )
-        self._seed_drawn = seed is None
         if self._processes and pool is None:
             for name in ("transform", "collate", "batch_transform"):
                 dump_user_object(getattr(loader, name), name, [])
 
-    def shard(self, num_shards: int, index: int) -> PoolDataset:
-        """This process's part of the dataset, for data-parallel training.
-
-        Shards are disjoint, cover every epoch, and have the same number of batches; see `batching` for which samples go
-        where. `batch_size` is the size on each shard.
-
-        Args:
-            num_shards: number of parts.
-            index: which one, from 0.
-
-        Raises:
-            ValueError: the index is out of range, or there are fewer samples than shards.
-        """
-        num_shards = checks.check_count(num_shards, "num_shards")
-        index = checks.check_count(index, "index", 0)
-        if index >= num_shards:
-            raise ValueError(f"index must be below num_shards={num_shards}, got {index}")
-        if self._plan.batch_size == 1 and not self._plan.drop_remainder and self._plan.epoch_length % num_shards:
-            raise ValueError(
-                f"{self._plan.epoch_length} samples in batches of one cannot give num_shards={num_shards} the same "
-                "number of batches; pass drop_remainder=True, or batch_size=2 or more"
-            )
-        if self._plan.num_shards != 1:
-            raise ValueError(f"this dataset is shard {self._plan.shard} of {self._plan.num_shards} already")
-        plan = dataclasses.replace(self._plan, num_shards=num_shards, shard=index)
-        if plan.num_batches == 0 or plan.epoch_length < num_shards:
-            raise ValueError(
-                f"{plan.epoch_length} samples are too few for a batch on each of num_shards={num_shards} with "
-                f"batch_size={plan.batch_size}, drop_remainder={plan.drop_remainder}"
-            )
-        part = copy.copy(self)
-        part._runtime = None
-        part._pool = self._pool
-        part._plan = plan
-        part._tracker = EpochTracker(plan.num_batches, requests_seen=not isinstance(self._pool, str))
-        part._tracker.set_epoch(self.epoch)
-        part._failures = self._failures.fresh(plan.epoch_length // num_shards)
-        return part
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where in its epochs the dataset is: plain numbers and lists, fit for JSON.
-
-        What counts is what was handed out: by an iteration (also inside its loop) or by `dataset[i]`. In `fit` on
-        TensorFlow that runs ahead of what the model was trained on; `keras_mp.BackupAndRestore` knows the difference.
-        """
-        return self._state(self.epoch, self._tracker.left_after())
-
-    def _state(self, epoch: int, left: list[int]) -> dict[str, Any]:
-        whole = len(left) in (0, self._plan.num_batches)
-        state = {"version": _STATE_VERSION, **self._identity(), "epoch": epoch + (not left)}
-        return {**state, "remaining": None if whole and left == sorted(left) else left}
-
-    def _identity(self) -> dict[str, Any]:
-        plan = self._plan
-        return {
-            "length": plan.length,
-            "epoch_length": plan.epoch_length,
-            "batch_size": plan.batch_size,
-            "shuffle": plan.shuffle,
-            "drop_remainder": plan.drop_remainder,
-            "num_shards": plan.num_shards,
-            "shard": plan.shard,
-            "seed": plan.seed,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes to where `state_dict()` was taken: the current epoch is then what was left of that one.
-
-        Iteration, `dataset[i]`, `len(dataset)`, the next pass of Keras and an export made now give the batches that
-        had not been handed out, bit for bit, whatever the number of workers. The epoch after that is whole again.
-        A dataset made with `seed=None` takes the seed of the state.
-
-        Args:
-            state: what `state_dict()` returned, for a dataset of the same source, seed and batches.
-
-        Raises:
-            ValueError: it is of another dataset or version; the message says which number differs.
-        """
-        if state.get("version") != _STATE_VERSION:
-            raise ValueError(f"state has version {state.get('version')!r}, but this keras_mp reads {_STATE_VERSION}")
-        if self._seed_drawn and "seed" in state:
-            self._reseed(checks.check_count(state["seed"], "seed", 0))
-        for name, mine in self._identity().items():
-            if state.get(name) != mine:
-                raise ValueError(
-                    f"state is of another dataset: {name} is {state.get(name)!r} there and {mine!r} here; make the "
-                    "dataset as it was when the state was taken"
-                )
-        left = state["remaining"]
-        self.set_epoch(state["epoch"])
-        self._tracker.set_epoch(self.epoch, None if left is None else [int(batch) for batch in left])
-
-    def _reseed(self, seed: int) -> None:
-        self._loader = dataclasses.replace(cast(SampleLoader, self._loader), seed=seed)
-        self._plan = dataclasses.replace(self._plan, seed=seed)
-        self._seed_drawn = False
-        if self._runtime is not None:
-            self._drop_requests()
-            self._runtime.engine.update(self._loader)
-
     @property
-    def _batch_axis(self) -> int | None:
+    def batch_axis(self) -> int | None:
         plan, loader = self._plan, self._loader
         if not isinstance(loader, SampleLoader) or loader.on_error == "skip" or loader.collate:
             return None
@@ -245,48 +140,56 @@ class _ParallelDataset(LoadedDataset):
         self._batches = batches
 
     def on_epoch_begin(self) -> None:
-        self._tell("on_epoch_begin")
+        self._call("on_epoch_begin")
         super().on_epoch_begin()
 
     def on_epoch_end(self) -> None:
-        self._tell("on_epoch_end")
+        self._call("on_epoch_end")
         super().on_epoch_end()
 
     def set_epoch(self, epoch: int) -> None:
         if epoch > self.epoch:
-            self._tell("on_epoch_end")
+            self._call("on_epoch_end")
         super().set_epoch(epoch)
 
-    def _stream(self, epochs: int, convert: Callable[[Any], Any], together: int) -> Generator[list[Any]]:
-        if self._hook("on_epoch_end") is None:
-            yield from super()._stream(epochs, convert, together)
+    def _run_due_hook(self) -> None:
+        if self._hook_is_due:
+            self._hook_is_due = False
+            self._call("on_epoch_end")
+
+    def stream(
+        self, epochs: int = 1, claim: bool = False, together: int = 1, convert: Callable[[Any], Any] | None = None
+    ) -> Generator[list[Any]]:
+        if epochs == 1 or self._hook("on_epoch_end") is None:
+            yield from super().stream(epochs, claim, together, convert)
             return
         for _ in range(epochs):  # an epoch's batches depend on the hook, which is called after the last one's
-            for batch in self:
-                yield [convert(batch)]
+            yield from super().stream(1, claim, together, convert)
 
     def _hook(self, name: str) -> Callable[[], Any] | None:
         """A hook of the user's object, if it has one that does something."""
         call: Callable[[], Any] | None = getattr(self._batches, name, None)
         return None if getattr(call, "__func__", None) is getattr(keras.utils.PyDataset, name) else call
 
-    def _tell(self, hook: str) -> None:
+    def _call(self, name: str) -> None:
         """Calls a hook of the user's object in this process, then gives the workers the state it left behind."""
-        call = self._hook(hook)
+        call = self._hook(name)
         if call is None:
             return
         call()
-        if self._runtime is not None:
-            self._drop_requests()
-            self._runtime.engine.update(self._loader)
+        with self._lock:
+            self._send_changes()
+            if self._ahead is not None:
+                self._ahead.renew()
 
     @property
-    def _batch_axis(self) -> int | None:
+    def batch_axis(self) -> int | None:
         return None
 
     def __repr__(self) -> str:
+        count = "endless" if self._plan.is_endless else len(self)
         return (
-            f"parallelize({type(self._batches).__name__}, {len(self)} batches, seed={self._plan.seed}, "
+            f"parallelize({type(self._batches).__name__}, {count} batches, seed={self._plan.seed}, "
             f"epoch={self.epoch}, {self._workers_text()})"
         )
 
@@ -328,6 +231,7 @@ def parallelize(
         py_dataset,
         loader,
         Batching(length, 1, seed=loader.seed),
+        seed=seed,
         workers=workers,
         use_multiprocessing=use_multiprocessing,
         max_queue_size=max_queue_size,
@@ -343,9 +247,5 @@ def _count_batches(py_dataset: Any) -> int:
         )
     if isinstance(py_dataset, keras.utils.PyDataset) and not hasattr(py_dataset, "__len__"):
         count = py_dataset.num_batches
-        if count is None:
-            raise ValueError(
-                "py_dataset has num_batches=None (it never ends); give it a length, or use steps_per_epoch"
-            )
-        return checks.check_count(count, "py_dataset.num_batches")
+        return ENDLESS if count is None else checks.check_count(count, "py_dataset.num_batches")
     return checks.check_source(py_dataset, "py_dataset")

@@ -59,6 +59,11 @@ class FailureLog:
                     f"{failure.where}:\n{failure.traceback}"
                 )
 
+    def record(self, failure: SampleFailure) -> None:
+        """Lists a failure that was raised: nothing was left out or replaced, so it is not told again."""
+        self._kept.append(failure)
+        self.total += 1
+
     def tell_all(self) -> None:
         """`tell` for every epoch that has not been told."""
         for epoch in sorted(self._seen):

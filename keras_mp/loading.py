@@ -213,7 +213,7 @@ class BatchLoader:
             try:
                 if seed is not None:
                     seed(Key(self.seed, request.epoch, request.batch, _BATCH_STREAM))
-                return Loaded(checked_batch(self.source[request.batch], "source"), ())
+                return Loaded(checked_batch(self.source[request.samples[0]], "source"), ())
             except (Exception, SystemExit) as error:
                 if attempts == 0:
                     raise _batch_error(error, "source", request) from error

@@ -1,103 +1,89 @@
-"""Reading ahead: what will be asked for next is requested before it is asked for.
-
-The plan of what comes next is only ever a guess; a batch that is asked for out of turn is loaded at once and is the
-right one. So a wrong guess costs time, never data (P1, P2).
-"""
+"""Reading ahead: what will be asked for next is requested before it is asked for."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
+import collections
+from collections.abc import Iterator
 from typing import Any
 
 from keras_mp.engines import Engine
+from keras_mp.errors import PoolClosed
 from keras_mp.loading import Loaded, Request
-
-Key = tuple[int, int]  # epoch, batch
 
 
 class ReadAhead:
-    """A window of requested batches that slides along a plan.
+    """A window of requested batches that slides along a sequence of requests.
+
+    It takes no lock: who shares it among threads holds one. `close` is safe in a finaliser.
 
     Args:
         engine: where batches are loaded.
-        request: makes the request for (epoch, batch).
+        requests: what will be asked for, in order.
         depth: batches in flight at most, finished ones included; 0 asks for none ahead.
-        plan: the keys that will be asked for, in order.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        request: Callable[[int, int], Request],
-        depth: int,
-        plan: Iterator[Key] | None = None,
-    ) -> None:
-        self._engine = engine
-        self._request = request
+    def __init__(self, engine: Engine, requests: Iterator[Request], depth: int) -> None:
+        self._engine: Engine | None = engine
+        self._requests = requests
         self._depth = depth
-        self._plan = iter(()) if plan is None else plan
-        self._handles: dict[Key, Any] = {}
-        self._aside: dict[Key, Any] = {}  # requested along the last plan; may yet be asked for
-        self._lock = threading.Lock()
+        self._ahead: collections.deque[tuple[Request, Any]] = collections.deque()
 
-    def get(self, key: Key, plan: Iterator[Key] | None = None) -> Loaded:
-        """The batch of `key`, requested now if it has not been before.
+    def start(self) -> None:
+        """Requests what comes first."""
+        if self._depth:
+            self._fill(self._depth)
 
-        Args:
-            key: epoch and batch.
-            plan: a new plan of what follows it; None keeps the old one.
+    def take(self) -> Any:
+        """The engine's handle of the next batch.
+
+        Raises:
+            PoolClosed: it has been closed.
         """
-        with self._lock:
-            if plan is not None:
-                self._follow(plan)
-            elif key not in self._handles:
-                self._fill()  # it may be the first of the plan
-            handle = self._handles.pop(key, None) or self._aside.pop(key, None)
-            if handle is None:
-                (handle,) = self._engine.submit([self._request(*key)])
-            self._fill()
-        return self._engine.result(handle)
+        if not self._ahead:
+            self._fill(max(1, self._depth))
+        _, handle = self._ahead.popleft()
+        room = self._depth - len(self._ahead)
+        if room and room >= min(self._open().bundle_size, self._depth * 4 // 5):  # until there is room for several
+            self._fill(room)
+        return handle
 
-    def expect(self, plan: Iterator[Key]) -> None:
-        """Requests what comes first in `plan`, and forgets the plan before it."""
-        with self._lock:
-            self._follow(plan)
-            self._fill()
+    def next(self) -> Loaded:
+        """Waits for the next batch."""
+        handle = self.take()
+        return self._open().result(handle)
 
-    def _follow(self, plan: Iterator[Key]) -> None:
-        self._cancel(self._aside)
-        self._aside, self._handles, self._plan = self._handles, {}, plan
+    def is_ready(self) -> bool:
+        """Whether the next batch has been requested and has come."""
+        return bool(self._ahead) and self._open().is_ready(self._ahead[0][1])
 
-    def is_ready(self, key: Key) -> bool:
-        """Whether the batch of `key` has been requested and has come."""
-        with self._lock:
-            handle = self._handles.get(key)
-            return handle is not None and self._engine.is_ready(handle)
+    def renew(self) -> None:
+        """Requests anew what has been requested and not taken: the loader has changed."""
+        requests = [request for request, _ in self._ahead]
+        self._cancel()
+        if requests:
+            self._submit(requests)
 
-    def _fill(self) -> None:
-        if self._depth - len(self._handles) < min(self._engine.bundle_size, self._depth * 4 // 5):
-            return  # until there is room for several
-        new: dict[Key, None] = {}
-        while len(self._handles) + len(new) < self._depth:
-            key = next(self._plan, None)
-            if key is None:
-                break
-            if key in self._aside:
-                self._handles[key] = self._aside.pop(key)
-            elif key not in self._handles:
-                new[key] = None
-        if new:
-            self._handles.update(zip(new, self._engine.submit([self._request(*key) for key in new]), strict=True))
+    def close(self) -> None:
+        """Cancels what has been requested, and lets go of the engine."""
+        self._cancel()
+        self._engine = None
 
-    def drop(self) -> None:
-        """Forgets the plan and all that was requested along it."""
-        with self._lock:
-            self._plan = iter(())
-            self._cancel(self._handles)
-            self._cancel(self._aside)
+    def _open(self) -> Engine:
+        if self._engine is None:
+            raise PoolClosed("the dataset has been closed; make a new one")
+        return self._engine
 
-    def _cancel(self, handles: dict[Key, Any]) -> None:
-        for handle in handles.values():
-            self._engine.cancel(handle)
-        handles.clear()
+    def _fill(self, room: int) -> None:
+        requests: list[Request] = []
+        while len(requests) < room and (request := next(self._requests, None)) is not None:
+            requests.append(request)
+        if requests:
+            self._submit(requests)
+
+    def _submit(self, requests: list[Request]) -> None:
+        self._ahead.extend(zip(requests, self._open().submit(requests), strict=True))
+
+    def _cancel(self) -> None:
+        engine = self._engine
+        while self._ahead and engine is not None:
+            engine.cancel(self._ahead.popleft()[1])

@@ -23,7 +23,7 @@ import keras
 import numpy as np
 
 from keras_mp import checks
-from keras_mp.dataset import PoolDataset
+from keras_mp.loaded import LoadedDataset
 
 _DATA_FILE = "data.json"
 _SEEDS_FILE = "seeds.npz"
@@ -37,11 +37,10 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
     as many steps as it had batches left. The state of the global `random`, which Keras shuffles batches with, and the
     states of the model's seed generators (dropout), which Keras's callback leaves out, are restored too.
 
-    With `steps_per_epoch`, no batch is repeated or lost either, but the interrupted epoch of Keras gets its full number
-    of steps again.
+    With `steps_per_epoch`, the interrupted epoch of Keras has the steps that it had left.
 
     Args:
-        dataset: the `PoolDataset` that `fit` trains on. Its export cannot be resumed.
+        dataset: the dataset that `fit` trains on. Its export cannot be resumed.
         backup_dir: folder for the backups; used for nothing else.
         save_freq: "epoch", or a number of batches.
         delete_checkpoint: delete the backups when `fit` has come to its end.
@@ -53,32 +52,37 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
 
     def __init__(
         self,
-        dataset: PoolDataset,
+        dataset: LoadedDataset,
         backup_dir: str | os.PathLike[str],
         save_freq: int | str = "epoch",
         *,
         delete_checkpoint: bool = True,
     ) -> None:
-        if not isinstance(dataset, PoolDataset):
-            raise TypeError(f"dataset must be the PoolDataset that fit() trains on, got {type(dataset).__name__}")
+        if not isinstance(dataset, LoadedDataset):
+            raise TypeError(f"dataset must be the one of keras_mp's that fit() trains on, got {type(dataset).__name__}")
         if save_freq != "epoch":
             save_freq = checks.check_count(save_freq, "save_freq")
         super().__init__(backup_dir=os.fspath(backup_dir), save_freq=save_freq, delete_checkpoint=delete_checkpoint)
         self._dataset = dataset
         self._folder = Path(backup_dir)
         self._number = 0
-        self._quiet: warnings.catch_warnings[Any] | None = None
+        self._quiet: contextlib.ExitStack | None = None
         self._random_state: Any = None
         self._before_end: list[tuple[Any, Any]] = []
-        self._start(0)
+        self._begin(0, 0)
 
-    def _start(self, epoch: int) -> None:
+    def _begin(self, epoch: int, steps: int) -> None:
+        """Training goes on in Keras's `epoch`, of which `steps` steps have been taken."""
+        position = self._dataset.position
         self._epoch = epoch  # Keras's number
-        self._steps = 0  # of Keras's epoch
-        self._data_epoch = self._dataset.epoch
-        self._left = len(self._dataset)  # batches of the dataset's epoch not yet trained on
-        self._total = self._left
+        self._steps_before = steps  # taken in this epoch of Keras before the interruption
+        self._steps = 0  # taken in it since
         self._unsaved = 0
+        # Of the pass over the dataset that is trained on: its epoch, its batches, and how many were trained on.
+        self._data_epoch, self._done = position.epoch, 0
+        self._length = min(len(position), position.limit or len(position))
+        self._after_it = len(position) - self._length  # what is left of the epoch for another pass
+        self._resumed = len(position) < position.count  # Keras expects more batches than there are
 
     # -- Keras's hooks -------------------------------------------------------------------------------------------
 
@@ -89,26 +93,30 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         keras_part = keras.callbacks.BackupAndRestore(folder, delete_checkpoint=False)
         keras_part.set_model(self.model)
         keras_part.on_train_begin(logs)
-        epoch = 0
+        epoch = steps = 0
         if backups:
             saved = json.loads((backups[-1][1] / _DATA_FILE).read_text())
             self._dataset.load_state_dict(saved["dataset"])
             version, words, gauss = saved["random"]
-            state = (version, tuple(words), gauss)
-            random.setstate(state)
-            if saved["dataset"]["remaining"] is not None:
-                self._random_state = state
+            self._random_state = (version, tuple(words), gauss)
+            random.setstate(self._random_state)
             with np.load(backups[-1][1] / _SEEDS_FILE) as seeds:
                 for variable, value in zip(_seed_states(self.model), seeds.values(), strict=True):
                     variable.assign(value)
-            epoch = saved["epoch"]
-        self._start(epoch)
+            epoch, steps = saved["epoch"], saved["steps"]
+            wanted = self.params.get("steps")
+            if steps and wanted is not None and wanted - steps < len(self._dataset):
+                # Keras ends this epoch when its data ends; the next one has a pass of its own over the rest.
+                self._dataset.position.limit = wanted - steps
+        self._begin(epoch, steps)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        if epoch != self._epoch:
+            self._steps_before = 0
         self._epoch, self._steps = epoch, 0
-        if self._random_state is not None:
-            self._quiet = warnings.catch_warnings()
-            self._quiet.__enter__()
+        if self._resumed:
+            self._quiet = contextlib.ExitStack()
+            self._quiet.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", message="Your input ran out of data")  # as it should: it is resumed
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
@@ -119,26 +127,21 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         steps = batch + 1 - self._steps
         self._steps = batch + 1
         self._unsaved += steps
-        self._left -= steps
-        epoch_ended = self._left <= 0
-        if epoch_ended and self._quiet is not None:
+        self._done += steps
+        if self._done >= self._length and self._resumed:
             self._remember_counters()
-        while self._left <= 0:
-            self._data_epoch += 1
-            self._total = self._dataset._plan.num_batches
-            self._left += self._total
+        while self._done > self._length:
+            self._begin_next_pass()
         if self.save_freq != "epoch" and self._unsaved >= self.save_freq:
-            self._save(self._epoch + (epoch_ended or self._steps == self.params.get("steps")))
+            self._save()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        if self._quiet is not None:
-            self._quiet.__exit__(None, None, None)
-            self._quiet = None
-            for variable, value in self._before_end:
-                variable.assign(value)
-            self._before_end = []
+        self._end_quiet()
+        for variable, value in self._before_end:
+            variable.assign(value)
+        self._before_end = []
         if self.save_freq == "epoch":
-            self._save(epoch + 1)
+            self._save(epoch_is_over=True)
 
     def on_train_end(self, logs: Any = None) -> None:
         if self.delete_checkpoint:
@@ -146,6 +149,19 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
                 shutil.rmtree(path, ignore_errors=True)
             with contextlib.suppress(OSError):  # something else is in it, or it never came to be
                 self._folder.rmdir()
+
+    def _begin_next_pass(self) -> None:
+        self._done -= self._length
+        if self._after_it:
+            self._length, self._after_it = self._after_it, 0
+        else:
+            self._data_epoch += 1
+            self._length, self._resumed = self._dataset.position.count, False
+
+    def _end_quiet(self) -> None:
+        if self._quiet is not None:
+            self._quiet.close()
+            self._quiet = None
 
     def _remember_counters(self) -> None:
         """Keeps what the step after the last one of a resumed epoch will change.
@@ -159,8 +175,13 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
 
     # -- files ---------------------------------------------------------------------------------------------------
 
-    def _save(self, epoch: int) -> None:
-        """Writes a backup that makes `fit` go on in Keras's epoch `epoch`."""
+    def _save(self, epoch_is_over: bool = False) -> None:
+        """Writes a backup that makes `fit` go on with the next batch."""
+        steps = self._steps_before + self._steps
+        if epoch_is_over or steps == self.params.get("steps") or self._done >= self._length:
+            epoch, steps = self._epoch + 1, 0
+        else:
+            epoch = self._epoch
         self._unsaved = 0
         self._number += 1
         target = self._folder / f"backup-{self._number:08d}"
@@ -170,11 +191,11 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         keras_part = keras.callbacks.BackupAndRestore(str(partial), delete_checkpoint=False)
         keras_part.set_model(self.model)
         keras_part.on_epoch_end(epoch - 1)
-        done = self._total - self._left
-        left = self._dataset._tracker.left_after(done) if done else list(range(self._total))
+        progress = self._dataset.position.state_after(self._data_epoch, self._done)
         saved = {
             "epoch": epoch,
-            "dataset": self._dataset._state(self._data_epoch, left),
+            "steps": steps,
+            "dataset": self._dataset.state_of(progress),
             "random": random.getstate(),
         }
         (partial / _DATA_FILE).write_text(json.dumps(saved))

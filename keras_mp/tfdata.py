@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from keras_mp.batching import ENDLESS
 from keras_mp.checks import check_count
 from keras_mp.errors import KerasMPError
 from keras_mp.pool import usable_cores
@@ -92,13 +93,17 @@ def export(dataset: LoadedDataset, epochs: int, prefetch: int | None, element_sp
         prefetch = check_count(prefetch, "prefetch", 0)
     together = 1
     if element_spec is None:
-        first = _tuples(dataset._peek())
+        first = _tuples(dataset.first_batch())
         together = _together(first)
-        element_spec = _spec_of(first, dataset._batch_axis)
+        element_spec = _spec_of(first, dataset.batch_axis)
     spec = _Spec(_tuples(element_spec))
     dtypes = [leaf.dtype for _, leaf in spec.leaves]
-    resumed = len(dataset) != dataset._plan.num_batches
-    total = epochs * dataset._plan.num_batches
+    per_epoch = dataset.batches_per_epoch
+    endless = per_epoch == ENDLESS
+    if endless and epochs > 1:
+        raise ValueError(f"epochs must be 1 for a dataset that never ends, got {epochs}")
+    total = per_epoch * epochs
+    resumed = not endless and len(dataset) != per_epoch
     streams: dict[int, Generator[Any]] = {}
     numbers = itertools.count()
     plain = tf.autograph.experimental.do_not_convert  # nothing in these functions needs AutoGraph's rewriting
@@ -106,8 +111,8 @@ def export(dataset: LoadedDataset, epochs: int, prefetch: int | None, element_sp
     def opened() -> Iterator[tuple[int, int]]:
         """Yields a new stream's number and length, once; TensorFlow drops this generator when its iterator is gone."""
         number = next(numbers)
-        count = total - dataset._plan.num_batches + len(dataset)
-        stream = streams[number] = dataset._stream(epochs, spec.convert, together)
+        count = total if endless else total - per_epoch + len(dataset)
+        stream = streams[number] = dataset.stream(epochs, claim=True, together=together, convert=spec.convert)
         try:
             yield number, count
         finally:
@@ -140,7 +145,9 @@ def export(dataset: LoadedDataset, epochs: int, prefetch: int | None, element_sp
     scalar = tf.TensorSpec((), tf.int64)
     streamed = tf.data.Dataset.from_generator(opened, output_signature=(scalar, scalar)).flat_map(plain(batches))
     if not resumed:  # else the first iteration is shorter than those after it
-        streamed = streamed.apply(tf.data.experimental.assert_cardinality(total))
+        streamed = streamed.apply(
+            tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY if endless else total)
+        )
     streamed = streamed.prefetch(tf.data.AUTOTUNE if prefetch is None else prefetch)
     # The call that waits for a batch keeps a thread busy; on threads of their own, it is none of the training's. And
     # there is nothing here to tune, while the tuner's records cost more than a small batch.

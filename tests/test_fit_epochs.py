@@ -54,9 +54,28 @@ def test_fit_consumes_each_epoch_whole(consumed: dict[str, Any], kind: str) -> N
         "late": [0, 1],
         "validated": [0, 1],
         "itself": [0, 2],  # epoch 1 was the validation in between
+        "tested": [0, 2],
+        "nosy": [0, 1, 2],
     }.items():
         (fit,) = consumed[f"{kind}/{name}"]["fits"]
-        assert [sorted(epoch) for epoch in fit] == [sorted(reference[number]) for number in numbers], name
+        assert fit == [reference[number] for number in numbers], name
+        assert consumed[f"{kind}/{name}"]["epoch"] == numbers[-1] + (2 if name in ("itself", "tested") else 1)
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_batches_that_a_callback_picks_come_once_all_the_same(consumed: dict[str, Any], kind: str) -> None:
+    reference: list[Steps] = consumed["reference"]["epochs"]
+    (fit,) = consumed[f"{kind}/picked"]["fits"]
+    assert [sorted(epoch) for epoch in fit] == [sorted(epoch) for epoch in reference[:3]]
+    (fit,) = consumed[f"{kind}/picked-short"]["fits"]  # passes of 5 + 1 steps
+    assert [len(epoch) for epoch in fit] == [5, 1, 5, 1]
+    assert [sorted(fit[0] + fit[1]), sorted(fit[2] + fit[3])] == [sorted(epoch) for epoch in reference[:2]]
+
+
+def test_a_second_pass_in_the_middle_of_one_is_refused(consumed: dict[str, Any]) -> None:
+    for name, text in consumed["refused"].items():
+        assert text.startswith("RuntimeError: fit() is in the middle of a pass over this dataset"), name
+        assert "Make a second dataset" in text
 
 
 def test_unshuffled_fit_keeps_the_order(consumed: dict[str, Any]) -> None:
@@ -64,9 +83,19 @@ def test_unshuffled_fit_keeps_the_order(consumed: dict[str, Any]) -> None:
     assert fit == consumed["reference"]["epochs"][:3]
 
 
-def test_keras_shuffles_batches_and_not_their_content(consumed: dict[str, Any]) -> None:
-    (fit,) = consumed["processes/default"]["fits"]
-    assert fit != consumed["reference"]["epochs"][:3]
+def test_where_only_keras_shuffles_each_epoch_has_an_order_of_its_own(consumed: dict[str, Any]) -> None:
+    batches = consumed["plain/unshuffled"]["fits"][0][0]
+    assert batches == [list(range(start, min(start + 4, 22))) for start in range(0, 22, 4)]
+    assert consumed["plain/unshuffled"]["fits"][0] == [batches] * 3
+    (fit,) = consumed["plain/default"]["fits"]
+    assert [sorted(epoch) for epoch in fit] == [batches] * 3
+    assert fit[0] != fit[1] != fit[2] != fit[0]
+    assert consumed["plain/nosy"]["fits"] == [fit]
+    (picked,) = consumed["plain/picked"]["fits"]
+    assert [sorted(epoch) for epoch in picked] == [batches] * 3
+    (short,) = consumed["plain/short"]["fits"]
+    assert sorted(short[0] + short[1] + short[2]) == batches
+    assert all(step in batches for step in short[3])
 
 
 @pytest.mark.parametrize("kind", _KINDS)
@@ -75,14 +104,15 @@ def test_steps_per_epoch_below_the_length_goes_on_where_it_stopped(consumed: dic
     reference: list[Steps] = consumed["reference"]["epochs"]
     assert [len(epoch) for epoch in fit] == [2, 2, 2, 2]
     steps = [step for epoch in fit for step in epoch]
-    assert sorted(steps[:6]) == sorted(reference[0])
-    assert all(step in reference[1] for step in steps[6:])
+    assert steps == [*reference[0], *reference[1][:2]]
+    (fit,) = consumed[f"{kind}/nosy-short"]["fits"]
+    assert [step for epoch in fit for step in epoch] == [*reference[0], *reference[1]]
 
 
 def test_a_second_fit_goes_on_with_the_next_epoch(consumed: dict[str, Any]) -> None:
     reference: list[Steps] = consumed["reference"]["epochs"]
     first, second = consumed["processes/twice"]["fits"]
-    assert [sorted(epoch) for epoch in first + second] == [sorted(epoch) for epoch in reference[:6]]
+    assert first + second == reference[:6]
     assert consumed["processes/twice"]["epoch"] == 6
 
 

@@ -59,7 +59,7 @@ def test_the_rest_of_the_epoch_is_bit_identical(taken: int, workers: int) -> Non
 def test_an_export_goes_on_there_too() -> None:
     reference = dataset()
     epochs = [plain(reference) for _ in range(2)]
-    state = {**dataset().state_dict(), "remaining": [4, 5]}
+    state = {**dataset().state_dict(), "position": 4}
     after = dataset()
     after.load_state_dict(state)
     export = after.to_tf_dataset()

@@ -287,11 +287,20 @@ def test_an_unmodified_pydataset_trains_the_same(pool: keras_mp.WorkerPool, shuf
         made.fit(data, epochs=4, shuffle=shuffle, verbose=0)
         return made.seen
 
+    def epochs(batches: list[list[int]]) -> list[list[list[int]]]:
+        return [batches[start : start + _BATCHES] for start in range(0, len(batches), _BATCHES)]
+
     expected = seen(_existing())
     assert len({tuple(batch) for batch in expected}) > 2 * _BATCHES  # it does reshuffle
+    trained = []
     for engine in ({"pool": pool}, {"workers": 2, "use_multiprocessing": False}, {"workers": 0}):
         with keras_mp.parallelize(_existing(), **engine) as dataset:
-            assert seen(dataset) == expected
+            trained.append(seen(dataset))
+    assert trained[0] == trained[1] == trained[2]
+    if shuffle:  # the order of the batches is then ours, whatever Keras's
+        assert [sorted(epoch) for epoch in epochs(trained[0])] == [sorted(epoch) for epoch in epochs(expected)]
+    else:
+        assert trained[0] == expected
 
 
 def test_a_parallelized_pydataset_as_validation_data(pool: keras_mp.WorkerPool, model: Recorder) -> None:
@@ -346,10 +355,23 @@ def test_an_epoch_is_read_ahead_from_its_begin_and_no_batch_is_loaded_twice(shuf
         model = keras.Sequential([keras.layers.Dense(1)])
         model.compile("sgd", "mse")
         model.fit(dataset, epochs=5, shuffle=shuffle, verbose=0, callbacks=[Begin()])
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_an_epoch_is_read_ahead_before_its_first_batch_is_asked_for(shuffle: bool) -> None:
+    loaded: list[int] = []
+    with keras_mp.PoolDataset(
+        range(20), lambda i: loaded.append(i) or i, batch_size=1, workers=2, use_multiprocessing=False
+    ) as dataset:
+        for _ in range(2):
+            dataset.on_epoch_begin()
+            numbers = list(range(dataset.num_batches))
+            if shuffle:
+                random.Random(1).shuffle(numbers)
+            for number in numbers:
+                dataset[number]
+            dataset.on_epoch_end()
         loaded.clear()
         dataset.on_epoch_begin()
         assert eventually(lambda: len(loaded) == 10)
-        order = list(range(20))
-        if shuffle:
-            random.shuffle(order)  # as Keras would now
-        assert sorted(loaded) == sorted(order[:10])
+        assert (sorted(loaded) == list(range(10))) is not shuffle

@@ -52,6 +52,73 @@ class Census(keras.callbacks.Callback):
         self.epochs[-1].append(np.repeat(np.arange(SAMPLES), counts).tolist())
 
 
+class Nosy(keras.callbacks.Callback):
+    """Looks at the dataset whenever Keras lets it."""
+
+    def __init__(self, train: keras_mp.PoolDataset) -> None:
+        super().__init__()
+        self._train = train
+
+    def _look(self) -> None:
+        train = self._train
+        assert train.num_batches and len(train) and repr(train) and train.stats() and not train.failures
+        train.state_dict()
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._look()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self._look()
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        self._look()
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self._look()
+        if batch == 1:
+            assert len(list(self._train)) == 6
+            for _ in self._train:
+                break
+            if keras.backend.backend() == "tensorflow":
+                assert sum(1 for _ in self._train.to_tf_dataset()) == 6
+            iterator = iter(self._train)
+            for _ in range(6):
+                next(iterator)
+            self._look()
+
+
+class Picker(keras.callbacks.Callback):
+    """Looks at single batches."""
+
+    def __init__(self, train: keras_mp.PoolDataset) -> None:
+        super().__init__()
+        self._train = train
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        for number in (0, self._train.num_batches - 1):
+            assert self._train[number][0].shape[1:] == (SAMPLES,)
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self.on_train_batch_begin(batch)
+
+
+class Tester(keras.callbacks.Callback):
+    """Evaluates on the dataset that is trained on: in the middle of a pass, or between two."""
+
+    def __init__(self, train: keras_mp.PoolDataset, in_between: bool) -> None:
+        super().__init__()
+        self._train = train
+        self._in_between = in_between
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        if not self._in_between and batch == 2:
+            self.model.evaluate(self._train, verbose=0)
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        if self._in_between:
+            self.model.evaluate(self._train, verbose=0)
+
+
 def dataset(**options: Any) -> keras_mp.PoolDataset:
     return keras_mp.PoolDataset(range(SAMPLES), one_hot, batch_size=BATCH, seed=7, **{"shuffle": True, **options})
 
@@ -77,24 +144,55 @@ FITS: dict[str, dict[str, Any]] = {
     "late": {"epochs": 3, "initial_epoch": 1},
     "itself": {"epochs": 2},
     "validated": {"epochs": 2},
+    "nosy": {"epochs": 3},
+    "nosy-short": {"epochs": 6, "steps_per_epoch": 2},
+    "picked": {"epochs": 3},
+    "picked-short": {"epochs": 4, "steps_per_epoch": 5},
+    "tested": {"epochs": 2},
+}
+LOOKERS = {
+    "nosy": Nosy,
+    "nosy-short": Nosy,
+    "picked": Picker,
+    "picked-short": Picker,
+    "tested": lambda train: Tester(train, in_between=True),
 }
 
 
 def run(kind: dict[str, Any], name: str, fits: int = 1) -> dict[str, Any]:
     record: dict[str, Any] = {"fits": []}
-    with dataset(**kind) as train, dataset(shuffle=False, **kind) as other:
+    with dataset(**kind) as train, dataset(**{**kind, "shuffle": False}) as other:
         trained = model()
         census = Census()
         validation = {"itself": train, "validated": other}.get(name)
         for _ in range(fits):
-            trained.fit(train, verbose=0, callbacks=[census], validation_data=validation, **FITS[name])
+            lookers = [LOOKERS[name](train)] if name in LOOKERS else []
+            trained.fit(train, verbose=0, callbacks=[census, *lookers], validation_data=validation, **FITS[name])
             record["fits"].append(census.epochs)
         record["epoch"] = train.epoch
     return record
 
 
+def refused(in_between: bool, validated: bool = False, **options: Any) -> str:
+    """What a second pass in the middle of one is told; the fit that it belongs to ends with it."""
+    with dataset(**KINDS["processes"]) as train:
+        data = {"validation_data": train} if validated else {"callbacks": [Tester(train, in_between)]}
+        try:
+            model().fit(train, verbose=0, **data, **options)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
 def main() -> None:
     records = {f"{kind}/{name}": run(options, name) for kind, options in KINDS.items() for name in FITS}
+    records["refused"] = {
+        "in a pass": refused(in_between=False),
+        "in a pass over two epochs of Keras": refused(in_between=True, steps_per_epoch=4),
+        "as validation data": refused(in_between=True, validated=True, steps_per_epoch=4),
+    }
+    for name in ("default", "unshuffled", "nosy", "picked", "short"):
+        records[f"plain/{name}"] = run({"workers": 2, "shuffle": False}, name)
     records["processes/twice"] = run(KINDS["processes"], "default", fits=2)
     if keras.backend.backend() == "tensorflow":
         for name in ("unshuffled", "default"):

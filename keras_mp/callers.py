@@ -1,0 +1,85 @@
+"""Who is calling: Keras or somebody else, and from which call of `fit`, `evaluate` or `predict`.
+
+A dataset is told little: it is asked for numbers, for batches, and its hooks are called. A callback of the user's asks
+for the same things in the middle of a pass. Whose code calls tells them apart, and so does, for two passes at once, the
+public method of the model that each runs in. Should Keras's code be found nowhere, all callers count as one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import sys
+import threading
+from types import CodeType, FrameType
+
+import keras
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A call of `fit`, `evaluate` or `predict`, told by where it stands on its thread's stack.
+
+    Attributes:
+        thread: its thread.
+        frames: from the outermost to that of the method, the code and (but for the method's own, which goes on) the
+            instruction that calls the next.
+        at: the instruction of the method that it was at.
+    """
+
+    thread: int
+    frames: tuple[tuple[CodeType, int], ...]
+    at: int = dataclasses.field(compare=False)
+
+    @property
+    def name(self) -> str:
+        """The method's name."""
+        return self.frames[-1][0].co_name
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the call has not returned."""
+        frame = sys._current_frames().get(self.thread)
+        stack: list[FrameType] = []
+        while frame is not None:
+            stack.append(frame)
+            frame = frame.f_back
+        stack.reverse()
+        if len(stack) < len(self.frames):
+            return False
+        *outer, (method, _) = self.frames
+        same = all(f.f_code is code and f.f_lasti == at for f, (code, at) in zip(stack, outer, strict=False))
+        return same and stack[len(outer)].f_code is method
+
+
+def current_call() -> Call | None:
+    """The innermost call of a model's method that this code runs in."""
+    frame: FrameType | None = sys._getframe(1)
+    methods = _methods()
+    while frame is not None and frame.f_code not in methods:
+        frame = frame.f_back
+    if frame is None:
+        return None
+    frames, at = [(frame.f_code, 0)], frame.f_lasti
+    while (frame := frame.f_back) is not None:
+        frames.append((frame.f_code, frame.f_lasti))
+    return Call(threading.get_ident(), tuple(reversed(frames)), at)
+
+
+def is_keras(frame: FrameType | None, called: object) -> bool:
+    """Whether `frame` is of Keras's code; methods of `called` itself, as in a subclass, stand for who called them."""
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").partition(".")[0] == "keras":
+            return True
+        code = frame.f_code
+        if not code.co_argcount or frame.f_locals.get(code.co_varnames[0]) is not called:
+            return False
+        frame = frame.f_back
+    return False
+
+
+@functools.cache
+def _methods() -> frozenset[CodeType]:
+    methods = (getattr(keras.Model, name) for name in ("fit", "evaluate", "predict"))
+    return frozenset(inspect.unwrap(method).__code__ for method in methods)
