@@ -468,8 +468,8 @@ class Position:
         if other is None or other == call or not other.is_running:
             return
         raise RuntimeError(
-            f"{other.name}() is in the middle of a pass over this dataset (epoch {self.epoch}), and its batches cannot be "
-            "told from those of a second pass. Make a second dataset for evaluate(), predict() or validation_data: "
+            f"{other.name}() is in the middle of a pass over this dataset (epoch {self.epoch}), and its batches cannot "
+            "be told from those of a second pass. Make a second dataset for evaluate(), predict() or validation_data: "
             "it is cheap, as datasets share their workers"
         )
 

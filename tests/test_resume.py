@@ -99,29 +99,36 @@ def train(backup: Path, *arguments: str, backend: str, killed: bool = False) -> 
     return done.stdout
 
 
+_PLAIN = ["--seed", "7", "--plain"]
+
+
 @pytest.mark.parametrize(
-    ("backend", "options"),
+    ("backend", "options", "steps"),
     [
-        ("tensorflow", ["--shuffle", "--save-freq", "4"]),
-        ("tensorflow", ["--save-freq", "epoch"]),
-        ("jax", ["--shuffle", "--save-freq", "5"]),
-        ("torch", ["--shuffle", "--save-freq", "5"]),
+        ("tensorflow", ["--seed", "7", "--shuffle", "--save-freq", "4"], (39, 19)),
+        ("tensorflow", ["--seed", "7", "--save-freq", "epoch"], (39, 26)),
+        ("jax", ["--seed", "7", "--shuffle", "--save-freq", "5"], (39, 19)),
+        ("torch", ["--seed", "7", "--shuffle", "--save-freq", "5"], (39, 19)),
+        # 13 batches: passes of 5 + 5 + 3 steps, and of 13 where more are wanted.
+        ("tensorflow", ["--shuffle", "--save-freq", "4", "--steps-per-epoch", "5", "--epochs", "7", *_PLAIN], (31, 11)),
+        ("jax", ["--shuffle", "--save-freq", "4", "--steps-per-epoch", "5", "--epochs", "7", *_PLAIN], (31, 11)),
+        ("torch", ["--save-freq", "3", "--steps-per-epoch", "5", "--epochs", "7", *_PLAIN], (31, 10)),
+        ("tensorflow", ["--shuffle", "--save-freq", "4", "--steps-per-epoch", "20", *_PLAIN], (39, 19)),
+        ("torch", ["--shuffle", "--save-freq", "4", "--steps-per-epoch", "20", *_PLAIN], (39, 19)),
     ],
 )
 def test_a_killed_fit_ends_with_the_weights_of_one_that_was_not(
-    tmp_path: Path, backend: str, options: list[str]
+    tmp_path: Path, backend: str, options: list[str], steps: tuple[int, int]
 ) -> None:
     if importlib.util.find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")
-    seed = ["--seed", "7"]
-    whole = train(tmp_path / "whole", *seed, *options, backend=backend).split()
+    whole = train(tmp_path / "whole", *options, backend=backend).split()
     backup = tmp_path / "backup"
-    train(backup, *seed, *options, "--kill-at", "18", backend=backend, killed=True)
-    train(backup, *seed, *options, "--kill-at", "5", backend=backend, killed=True)
-    resumed = train(backup, *seed, *options, "--workers", "1", backend=backend).split()
-    assert whole[0] == "39"
+    train(backup, *options, "--kill-at", "18", backend=backend, killed=True)
+    train(backup, *options, "--kill-at", "5", backend=backend, killed=True)
+    resumed = train(backup, *options, "--workers", "1", backend=backend).split()
+    assert (int(whole[0]), int(resumed[0])) == steps
     assert resumed[1:] == whole[1:]
-    assert int(resumed[0]) == {"4": 19, "5": 19, "epoch": 26}[options[-1]]
     assert not backup.exists()
 
 

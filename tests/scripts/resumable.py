@@ -17,6 +17,9 @@ parser.add_argument("backup")
 parser.add_argument("--save-freq", default="4")
 parser.add_argument("--kill-at", type=int, default=0)
 parser.add_argument("--shuffle", action="store_true")
+parser.add_argument("--plain", action="store_true", help="the dataset itself does not shuffle")
+parser.add_argument("--steps-per-epoch", type=int)
+parser.add_argument("--epochs", type=int, default=3)
 parser.add_argument("--seed", type=int)
 parser.add_argument("--workers", type=int, default=2)
 arguments = parser.parse_args()
@@ -39,7 +42,7 @@ class Killer(keras.callbacks.Callback):
 
 keras.utils.set_random_seed(5)
 train = keras_mp.PoolDataset(
-    DATA, augmented, batch_size=8, shuffle=True, seed=arguments.seed, workers=arguments.workers
+    DATA, augmented, batch_size=8, shuffle=not arguments.plain, seed=arguments.seed, workers=arguments.workers
 )
 dropout = [] if keras.backend.backend() == "torch" else [keras.layers.Dropout(0.3)]  # torch's own global generator
 model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(8, activation="relu"), *dropout, keras.layers.Dense(1)])
@@ -47,6 +50,13 @@ model.compile(keras.optimizers.Adam(0.01), "mse")
 save_freq = arguments.save_freq if arguments.save_freq == "epoch" else int(arguments.save_freq)
 backup = keras_mp.BackupAndRestore(train, arguments.backup, save_freq)
 killer = Killer()
-model.fit(train, epochs=3, verbose=0, shuffle=arguments.shuffle, callbacks=[backup, killer])
+model.fit(
+    train,
+    epochs=arguments.epochs,
+    steps_per_epoch=arguments.steps_per_epoch,
+    verbose=0,
+    shuffle=arguments.shuffle,
+    callbacks=[backup, killer],
+)
 print(killer.steps, train.epoch, *[value.tobytes().hex() for value in model.get_weights()])
 train.close()
