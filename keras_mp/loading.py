@@ -29,13 +29,16 @@ _REPEAT_STREAM = 0x4E9E
 class Request(NamedTuple):
     """Which batch is wanted: its epoch, its number, and the source indices of its samples in order.
 
-    `repeats` says, for an order in which samples come more than once, how often each came before in the epoch.
+    `repeats` says, for an order in which samples come more than once, how often each came before in the epoch. `failed`
+    gives the positions in `samples` of those that are known to have failed, say because they ended their workers: they
+    are not read again.
     """
 
     epoch: int
     batch: int
     samples: Sequence[int]
     repeats: Sequence[int] = ()
+    failed: tuple[tuple[int, SampleFailure], ...] = ()
 
 
 class Loaded(NamedTuple):
@@ -99,11 +102,12 @@ class SampleLoader:
         rows = collating.Samples(capacity, self.collate) if self.collate else collating.Stack(capacity)
         good: list[int] = []
         failures: list[SampleFailure] = []
+        known = dict(request.failed)
         for position, index in enumerate(request.samples):
             note(position)
             row = position if self.on_error == "replace" else len(good)
             repeat = request.repeats[position] if request.repeats else 0
-            failure = self._put(rows, row, int(index), repeat, request, seed)
+            failure = known.get(position) or self._put(rows, row, int(index), repeat, request, seed)
             if failure is None:
                 good.append(row)
             else:
