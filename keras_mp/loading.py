@@ -17,13 +17,10 @@ import numpy as np
 from keras_mp import collate as collating
 from keras_mp.errors import SampleFailure, sample_error
 from keras_mp.randomness import Key, Seeder, takes_rng
+from keras_mp.seeds import Stream
 from keras_mp.wire import short_repr
 
 OnError = Literal["raise", "skip", "replace"]
-
-# What sets the keys of batches, and of samples that come again in the same epoch, apart from those of samples.
-_BATCH_STREAM = 0xBA7C
-_REPEAT_STREAM = 0x4E9E
 
 
 class Request(NamedTuple):
@@ -138,8 +135,7 @@ class SampleLoader:
         attempts = self.retries
         while True:
             stage, item = "source", "not read"
-            words = (self.seed, request.epoch, index, *((_REPEAT_STREAM, repeat) if repeat else ()))
-            key = Key(*words) if self.runs_user_code else None
+            key = Key(Stream.SAMPLE, self.seed, request.epoch, index, repeat) if self.runs_user_code else None
             try:
                 if seed is not None and key is not None:
                     seed(key)
@@ -179,7 +175,7 @@ class SampleLoader:
     ) -> Any:
         stage = "collate"
         try:
-            key = Key(self.seed, request.epoch, request.batch, _BATCH_STREAM) if self.runs_user_code else None
+            key = Key(Stream.BATCH, self.seed, request.epoch, request.batch) if self.runs_user_code else None
             if seed is not None and key is not None:
                 seed(key)
             batch = rows.finish(count)
@@ -216,7 +212,7 @@ class BatchLoader:
         while True:
             try:
                 if seed is not None:
-                    seed(Key(self.seed, request.epoch, request.batch, _BATCH_STREAM))
+                    seed(Key(Stream.BATCH, self.seed, request.epoch, request.batch))
                 return Loaded(checked_batch(self.source[request.batch], "source"), ())
             except (Exception, SystemExit) as error:
                 if attempts == 0:

@@ -1,6 +1,6 @@
 """Random numbers that depend on (seed, epoch, sample) alone, not on who computes the sample or when (P2).
 
-Each sample has a key, `numpy.random.SeedSequence([seed, epoch, sample])`. A function that takes a parameter `rng` gets
+Each sample has a key, which is the root of its streams (see `seeds`). A function that takes a parameter `rng` gets
 a Generator made from it; the global `random` and `numpy.random` are seeded from it as well, for code that draws there.
 
 NOTE (threads and global state): the global generators are one per process, so two threads cannot each have their own
@@ -20,22 +20,31 @@ from typing import Any
 
 import numpy as np
 
+from keras_mp.seeds import Stream, seed_sequence
+
 
 class Key:
-    """The randomness of one sample, or of one batch."""
+    """The randomness of one sample, or of one batch: the arguments of `seed_sequence`."""
 
-    __slots__ = ("_sequence",)
+    __slots__ = ("_root", "_sequence")
 
-    def __init__(self, *entropy: int) -> None:
-        self._sequence = np.random.SeedSequence(entropy)
+    def __init__(self, stream: Stream, seed: int, epoch: int, index: int, repeat: int = 0) -> None:
+        self._root = (stream, seed, epoch, index, repeat)
+        self._sequence: np.random.SeedSequence | None = None  # not made for code that draws nothing
+
+    def sequence(self) -> np.random.SeedSequence:
+        """The root of its streams."""
+        if self._sequence is None:
+            self._sequence = seed_sequence(*self._root)
+        return self._sequence
 
     def generator(self) -> np.random.Generator:
         """A new Generator, the same for the same key."""
-        return np.random.Generator(np.random.PCG64(self._sequence))
+        return np.random.Generator(np.random.PCG64(self.sequence()))
 
     def seed_global_state(self) -> None:
         """Seeds `random` and `numpy.random`."""
-        words = self._sequence.generate_state(3)
+        words = self.sequence().generate_state(3)
         np.random.seed(words[0])
         random.seed(int(words[1]) << 32 | int(words[2]))
 

@@ -123,7 +123,10 @@ def needs_more(sample: Any) -> Any:
     [
         (np.zeros((4, 64, 64, 3), np.uint8), "array of shape (64, 64, 3), dtype uint8"),
         ([(np.zeros((30, 30)), 7)] * 4, "(array of shape (30, 30), dtype float64, 7)"),
-        ([{"image": np.zeros((2, 2), np.float32), "name": "tile 7"}], "{'image': array of shape (2, 2), dtype float32, "),
+        (
+            [{"image": np.zeros((2, 2), np.float32), "name": "tile 7"}],
+            "{'image': array of shape (2, 2), dtype float32, ",
+        ),
         ([transforms.Pair(np.zeros(3), 1)], "Pair(x=array of shape (3,), dtype float64, y=1)"),
         ([[np.zeros(2)]], "[array of shape (2,), dtype float64]"),
         ([np.zeros(())], "array of shape (), dtype float64"),

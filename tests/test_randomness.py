@@ -14,6 +14,7 @@ import pytest
 
 from keras_mp import randomness
 from keras_mp.randomness import Key, Seeder, ThreadIsolation, restored_global_state, takes_rng
+from keras_mp.seeds import Stream, seed_sequence
 
 
 def _draw_globally() -> tuple[float, float, float]:
@@ -21,17 +22,20 @@ def _draw_globally() -> tuple[float, float, float]:
 
 
 def test_equal_keys_give_equal_draws_and_others_do_not() -> None:
-    keys = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0, 0, 7), (2**40, 3, 10**12)]
-    own = [Key(*key).generator().random(3).tolist() for key in keys]
-    assert own == [Key(*key).generator().random(3).tolist() for key in keys]
+    big = 7 + (3 << 32)
+    numbers = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0, 0, 7), (big, 4, 5), (7, 3, 4, 5), (7, 3, big), (0, 5)]
+    numbers += [(2**40, 3, 10**12), (2**64, 0, 0), (2**96, 0, 0), (0, 2**32, 0), (0, 0, 2**32), (2**200, 0, 0)]
+    keys = [(stream, *key) for stream in Stream for key in numbers]
+    own = [seed_sequence(*key).generate_state(4).tolist() for key in keys]
+    assert own == [seed_sequence(*key).generate_state(4).tolist() for key in keys]
     assert len({tuple(draw) for draw in own}) == len(keys)
 
 
 def test_keys_seed_both_global_generators() -> None:
     with restored_global_state():
         draws = []
-        for key in [(1, 2, 3), (1, 2, 4), (1, 2, 3)]:
-            Key(*key).seed_global_state()
+        for index in (3, 4, 3):
+            Key(Stream.SAMPLE, 1, 2, index).seed_global_state()
             draws.append(_draw_globally())
     assert draws[0] == draws[2]
     assert all(one != other for one, other in zip(draws[0], draws[1], strict=True))
@@ -88,7 +92,7 @@ def _loads(body: Callable[[int], Any], count: int) -> list[Callable[[Seeder | No
 
     def load(number: int, seed: Seeder | None) -> Any:
         if seed is not None:
-            seed(Key(number))
+            seed(Key(Stream.SAMPLE, 0, 0, number))
         return number, body(number)
 
     return [functools.partial(load, number) for number in range(count)]
@@ -141,7 +145,7 @@ def test_somebody_elses_draw_does_not_make_a_loader_run_alone_for_ever() -> None
         if seed is None:
             random.random()  # as Keras might in the main thread meanwhile
         else:
-            seed(Key(1))
+            seed(Key(Stream.SAMPLE, 0, 0, 1))
         return "batch"
 
     assert isolation.run(load) == "batch"
@@ -168,7 +172,7 @@ def test_an_error_after_a_draw_counts_only_if_it_comes_again_seeded() -> None:
 
     def load(seed: Seeder | None) -> float:
         if seed is not None:
-            seed(Key(5))
+            seed(Key(Stream.SAMPLE, 0, 0, 5))
         value = random.random()
         if seed is None:
             raise ValueError("unlucky")
