@@ -27,6 +27,7 @@ Order = Callable[[int, np.random.Generator], Any]
 # A permutation of this many samples takes 8 MB and 20 ms; beyond it a keyed bijection needs neither.
 _MATERIALISE_LIMIT = 1 << 20
 _FEISTEL_ROUNDS = 8
+_MAX_SUBSTITUTES = 32  # in an order: they travel with every request
 # An epoch and the one read ahead of it; another for who looks elsewhere meanwhile.
 _EPOCHS_KEPT = 3
 
@@ -101,6 +102,16 @@ class Batching:
         start, stop = self.span(batch)
         earlier = self._earlier_in(epoch)[start:stop]
         return earlier if earlier.any() else None
+
+    def substitutes(self, epoch: int, batch: int) -> list[int] | None:
+        """A few samples of an epoch's `order` other than those of `batch`. None without one: all of the source is."""
+        if self.order is None:
+            return None
+        order, (start, stop) = self._order_of(epoch), self.span(batch)
+        others = len(order) - (stop - start)
+        count = min(others, _MAX_SUBSTITUTES)
+        places = stop + np.arange(count) * others // max(count, 1)
+        return list(dict.fromkeys(order[places % len(order)].tolist()))
 
     # Caches of this object's own, as an order need not be hashable; they hold no reference to it, so it ends with its
     # last user.

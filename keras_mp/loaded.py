@@ -158,8 +158,8 @@ class LoadedDataset(keras.utils.PyDataset):
         samples = self._plan.samples(epoch, batch)
         if not self._plan.shuffle and self._plan.order is None:
             return Request(epoch, batch, range(int(samples[0]), int(samples[-1]) + 1))
-        repeats = self._plan.repeats(epoch, batch)
-        return Request(epoch, batch, samples.tolist(), () if repeats is None else repeats.tolist())
+        repeats, substitutes = self._plan.repeats(epoch, batch), self._plan.substitutes(epoch, batch)
+        return Request(epoch, batch, samples.tolist(), () if repeats is None else repeats.tolist(), substitutes)
 
     # -- epochs --------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,8 @@ class Stream(enum.IntEnum):
     BATCH = 2
     SHUFFLE = 3
     ORDER = 4
-    SUBSTITUTES = 5
+    SUBSTITUTES = 5  # which samples are tried
+    SUBSTITUTE = 6  # what such a sample draws
 
 
 def seed_sequence(
