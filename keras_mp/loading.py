@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import copy
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
@@ -21,7 +23,7 @@ import numpy as np
 
 from keras_mp import collate as collating
 from keras_mp.errors import SampleFailure, sample_error
-from keras_mp.randomness import Key, Seeder, takes_rng
+from keras_mp.randomness import Generators, Key, Seeder, takes_rng
 from keras_mp.seeds import Stream, seed_sequence
 from keras_mp.wire import short_repr
 
@@ -57,12 +59,17 @@ class Loaded(NamedTuple):
 
 
 class Loader(Protocol):
-    """Loads batches. `note` is told the position of each sample before its turn; `seed` seeds the global state."""
+    """Loads batches. `note` is told the position of each sample before its turn; `seed` seeds what `generators` are."""
 
     source: Any
 
     @property
     def runs_user_code(self) -> bool: ...
+
+    @property
+    def generators(self) -> Generators: ...
+
+    def renewed(self) -> Loader: ...
 
     def load(self, request: Request, note: Callable[[int], None], seed: Seeder | None) -> Loaded: ...
 
@@ -98,8 +105,25 @@ class _Assembly:
         return tuple(self.failures[position] for position in sorted(reported & self.failures.keys()))
 
 
+class _UserCode:
+    """What loaders have in common: functions and objects of the user's, as fields."""
+
+    @functools.cached_property
+    def generators(self) -> Generators:
+        """What this code may draw from; searched for once."""
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]  # every loader is a dataclass
+        return Generators.of(**{field.name: getattr(self, field.name) for field in fields})
+
+    def renewed(self) -> Any:
+        """The same loader, with the generators that its code holds now."""
+        return copy.copy(self)
+
+    def __getstate__(self) -> dict[str, Any]:  # for a copy too
+        return {name: value for name, value in self.__dict__.items() if name != "generators"}
+
+
 @dataclasses.dataclass
-class SampleLoader:
+class SampleLoader(_UserCode):
     """Loads a batch sample by sample.
 
     Attributes:
@@ -298,7 +322,7 @@ class SampleLoader:
 
 
 @dataclasses.dataclass
-class BatchLoader:
+class BatchLoader(_UserCode):
     """Loads a batch from an object whose `[i]` is a whole batch already."""
 
     source: Any

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from keras_mp import randomness
-from keras_mp.randomness import Key, Seeder, ThreadIsolation, restored_global_state, takes_rng
+from keras_mp.randomness import Generators, Key, Seeder, ThreadIsolation, takes_rng
 from keras_mp.seeds import Stream, seed_sequence
+
+_GLOBAL = Generators()
 
 
 def _draw_globally() -> tuple[float, float, float]:
@@ -32,22 +33,22 @@ def test_equal_keys_give_equal_draws_and_others_do_not() -> None:
 
 
 def test_keys_seed_both_global_generators() -> None:
-    with restored_global_state():
+    with _GLOBAL.restored():
         draws = []
         for index in (3, 4, 3):
-            Key(Stream.SAMPLE, 1, 2, index).seed_global_state()
+            _GLOBAL.seed(Key(Stream.SAMPLE, 1, 2, index))
             draws.append(_draw_globally())
     assert draws[0] == draws[2]
     assert all(one != other for one, other in zip(draws[0], draws[1], strict=True))
 
 
-def test_restored_global_state_restores_after_an_error() -> None:
-    before = randomness._global_state()
-    with pytest.raises(KeyError), restored_global_state():
+def test_the_global_state_is_restored_after_an_error() -> None:
+    before = _GLOBAL.state()
+    with pytest.raises(KeyError), _GLOBAL.restored():
         _draw_globally()
         np.random.seed(3)
         raise KeyError
-    assert randomness._global_state() == before
+    assert _GLOBAL.state() == before
 
 
 class _Method:
@@ -83,8 +84,8 @@ def test_takes_rng(function: Callable[..., Any] | None, expected: bool) -> None:
 
 
 def _alone(load: Callable[[Seeder | None], Any]) -> Any:
-    with restored_global_state():
-        return load(lambda key: key.seed_global_state())
+    with _GLOBAL.restored():
+        return load(_GLOBAL.seed)
 
 
 def _loads(body: Callable[[int], Any], count: int) -> list[Callable[[Seeder | None], Any]]:
@@ -101,7 +102,7 @@ def _loads(body: Callable[[int], Any], count: int) -> list[Callable[[Seeder | No
 def _known_not_to_draw() -> ThreadIsolation:
     isolation = ThreadIsolation()
     (load,) = _loads(lambda number: None, 1)
-    isolation.run(load)
+    isolation.run(load, _GLOBAL)
     assert isolation._draws is False
     return isolation
 
@@ -119,19 +120,23 @@ def test_threads_that_draw_globally_draw_what_they_would_alone() -> None:
         return [_draw_globally() for _ in range(20)]
 
     expected = [_alone(load) for load in _loads(lambda number: [_draw_globally() for _ in range(20)], 40)]
-    before = randomness._global_state()
+    before = _GLOBAL.state()
     with ThreadPoolExecutor(4) as threads:
-        got = list(threads.map(isolation.run, _loads(body, 40)))
+        got = list(threads.map(functools.partial(isolation.run, generators=_GLOBAL), _loads(body, 40)))
     assert got == expected
     assert isolation._draws
-    assert randomness._global_state() == before
+    assert _GLOBAL.state() == before
 
 
 def test_threads_that_do_not_draw_run_in_company() -> None:
     isolation = _known_not_to_draw()
     barrier = threading.Barrier(4)
     with ThreadPoolExecutor(4) as threads:
-        got = list(threads.map(isolation.run, _loads(lambda number: barrier.wait(30) >= 0, 4)))
+        got = list(
+            threads.map(
+                functools.partial(isolation.run, generators=_GLOBAL), _loads(lambda number: barrier.wait(30) >= 0, 4)
+            )
+        )
     assert got == [(number, True) for number in range(4)]  # a barrier of four passes only if four are inside
     assert not isolation._draws
 
@@ -148,10 +153,10 @@ def test_somebody_elses_draw_does_not_make_a_loader_run_alone_for_ever() -> None
             seed(Key(Stream.SAMPLE, 0, 0, 1))
         return "batch"
 
-    assert isolation.run(load) == "batch"
+    assert isolation.run(load, _GLOBAL) == "batch"
     assert len(runs) == 2
     assert not isolation._draws
-    assert isolation.run(lambda seed: seed) is None
+    assert isolation.run(lambda seed: seed, _GLOBAL) is None
 
 
 def test_an_error_without_draws_is_raised_once() -> None:
@@ -162,7 +167,7 @@ def test_an_error_without_draws_is_raised_once() -> None:
         raise KeyError("bad sample")
 
     with pytest.raises(KeyError, match="bad sample"):
-        _known_not_to_draw().run(load)
+        _known_not_to_draw().run(load, _GLOBAL)
     assert runs == [None]
 
 
@@ -178,12 +183,12 @@ def test_an_error_after_a_draw_counts_only_if_it_comes_again_seeded() -> None:
             raise ValueError("unlucky")
         return value
 
-    assert isolation.run(load) == _alone(load)
+    assert isolation.run(load, _GLOBAL) == _alone(load)
     assert isolation._draws
     with pytest.raises(ValueError, match="always"):
-        isolation.run(lambda seed: _raise(ValueError("always")))
+        isolation.run(lambda seed: _raise(ValueError("always")), _GLOBAL)
     # The lock is free again.
-    assert ThreadIsolation().run(lambda seed: 3) == 3
+    assert ThreadIsolation().run(lambda seed: 3, _GLOBAL) == 3
 
 
 def _raise(error: Exception) -> None:
