@@ -118,6 +118,8 @@ class Batching:
 
     @functools.cached_property
     def _order_of(self) -> Callable[[int], Indices]:
+        if self.order is None:
+            raise ValueError("no custom order was given")
         return functools.lru_cache(_EPOCHS_KEPT)(functools.partial(_evaluate_order, self.order, self.seed, self.length))
 
     @functools.cached_property

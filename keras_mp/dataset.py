@@ -314,7 +314,8 @@ def parallelize(
         workers: worker processes. None: the usable cores. 0: load in-process.
         use_multiprocessing: False: threads instead of processes.
         max_queue_size: batches in flight, those ready but not yet taken included.
-        seed: seeds `random` and `numpy.random` before each batch, with its epoch and number. None: drawn once.
+        seed: seeds `random`, `numpy.random` and the generators that `py_dataset` holds before each batch, with its
+            epoch and number. None: drawn once.
         retries: how often a failing batch is tried again first.
         timeout: seconds that one batch may take in a worker.
         pool: as for `PoolDataset`.

@@ -146,7 +146,8 @@ def short_repr(value: Any, limit: int = 200) -> str:
 def _describe(value: Any, nested: bool) -> str:
     if hasattr(type(value), "__array__") and not isinstance(value, np.generic):
         name = "array" if isinstance(value, np.ndarray) else type(value).__name__
-        if isinstance(shape := getattr(value, "shape", None), tuple):
+        shape = getattr(value, "shape", None)
+        if isinstance(shape, tuple) and shape:
             return f"{name} of shape {tuple(shape)}, dtype {getattr(value, 'dtype', None)}"
     if nested:
         return repr(value)

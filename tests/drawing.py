@@ -19,7 +19,7 @@ class Holder:
 
     def __init__(self) -> None:
         self.rng = np.random.default_rng(7)
-        self.parts = {"python": random.Random(7), "more": [("legacy", np.random.RandomState(7))]}
+        self.parts: dict[str, Any] = {"python": random.Random(7), "more": [("legacy", np.random.RandomState(7))]}
         self.draw = np.random.Generator(np.random.MT19937(7)).random
 
     def __call__(self, value: Any) -> Any:

@@ -129,7 +129,7 @@ def needs_more(sample: Any) -> Any:
         ),
         ([transforms.Pair(np.zeros(3), 1)], "Pair(x=array of shape (3,), dtype float64, y=1)"),
         ([[np.zeros(2)]], "[array of shape (2,), dtype float64]"),
-        ([np.zeros(())], "array of shape (), dtype float64"),
+        ([np.zeros(())], "array(0.)"),
         ([MultiLine()], "two lines"),
         ([np.float32(7)], "7.0"),
         ([{"a": 1, "b": [1, 2]}], "{'a': 1, 'b': [1, 2]}"),

@@ -137,8 +137,8 @@ def test_what_cannot_be_searched_does_no_harm() -> None:
         def __call__(self, value: Any) -> Any:
             return value
 
-    hostile, cycle = Hostile(), []
+    cycle: list[Any] = []
     cycle.append(cycle)
-    transform = functools.partial(lambda value, **_: value, hostile=hostile, cycle=cycle)
+    transform = functools.partial(lambda value, **_: value, hostile=Hostile(), cycle=cycle)
     with keras_mp.PoolDataset(range(4), transform, batch_size=4, workers=0) as train:
         assert [batch.tolist() for batch in train] == [[0, 1, 2, 3]]

@@ -128,7 +128,13 @@ def test_what_a_source_of_the_user_s_gives_is_the_user_s() -> None:
             self.given.append(np.zeros(2))
             return self.given[-1]
 
-    source, seen = Source(), []
-    with keras_mp.PoolDataset(source, lambda sample: seen.append(sample) or sample, workers=0) as train:
+    source = Source()
+    seen: list[Any] = []
+
+    def remember(sample: Any) -> Any:
+        seen.append(sample)
+        return sample
+
+    with keras_mp.PoolDataset(source, remember, workers=0) as train:
         list(train)
     assert all(one is other for one, other in zip(source.given, seen, strict=True))

@@ -26,9 +26,9 @@ def test_equal_keys_give_equal_draws_and_others_do_not() -> None:
     big = 7 + (3 << 32)
     numbers = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0, 0, 7), (big, 4, 5), (7, 3, 4, 5), (7, 3, big), (0, 5)]
     numbers += [(2**40, 3, 10**12), (2**64, 0, 0), (2**96, 0, 0), (0, 2**32, 0), (0, 0, 2**32), (2**200, 0, 0)]
-    keys = [(stream, *key) for stream in Stream for key in numbers]
-    own = [seed_sequence(*key).generate_state(4).tolist() for key in keys]
-    assert own == [seed_sequence(*key).generate_state(4).tolist() for key in keys]
+    keys = [(stream, key) for stream in Stream for key in numbers]
+    own = [seed_sequence(stream, *key).generate_state(4).tolist() for stream, key in keys]
+    assert own == [seed_sequence(stream, *key).generate_state(4).tolist() for stream, key in keys]
     assert len({tuple(draw) for draw in own}) == len(keys)
 
 
