@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from keras_mp.loading import Request
+from keras_mp.seeds import Stream, seed_sequence
 
 Indices = npt.NDArray[np.int64]
 Order = Callable[[int, np.random.Generator], Any]
@@ -31,7 +32,9 @@ ENDLESS = sys.maxsize
 # A permutation of this many samples takes 8 MB and 20 ms; beyond it a keyed bijection needs neither.
 _MATERIALISE_LIMIT = 1 << 20
 _FEISTEL_ROUNDS = 8
-_SHUFFLE_STREAM, _ORDER_STREAM = 1, 2
+_MAX_SUBSTITUTES = 32  # in an order: they travel with every request
+# An epoch and the one read ahead of it; another for who looks elsewhere meanwhile.
+_EPOCHS_KEPT = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +108,8 @@ class Batching:
         samples = self.samples(epoch, batch)
         if not self.is_ordered:
             return Request(epoch, batch, range(int(samples[0]), int(samples[-1]) + 1))
-        repeats = self.repeats(epoch, batch)
-        return Request(epoch, batch, samples.tolist(), () if repeats is None else repeats.tolist())
+        repeats, substitutes = self.repeats(epoch, batch), self.substitutes(epoch, batch)
+        return Request(epoch, batch, samples.tolist(), () if repeats is None else repeats.tolist(), substitutes)
 
     def span(self, batch: int) -> tuple[int, int]:
         """Positions [start, stop) in the epoch's order that make this shard's `batch`."""
@@ -141,13 +144,38 @@ class Batching:
         if self.order is None:
             return None
         start, stop = self.span(batch)
-        earlier = _count_earlier(self.order, self.seed, epoch, self.length)[start:stop]
+        earlier = self._earlier_in(epoch)[start:stop]
         return earlier if earlier.any() else None
 
-    def _custom_order(self, epoch: int) -> Indices:
+    def substitutes(self, epoch: int, batch: int) -> list[int] | None:
+        """A few samples of an epoch's `order` other than those of `batch`. None without one: all of the source is."""
+        if self.order is None:
+            return None
+        order, (start, stop) = self._order_of(epoch), self.span(batch)
+        others = len(order) - (stop - start)
+        count = min(others, _MAX_SUBSTITUTES)
+        places = stop + np.arange(count) * others // max(count, 1)
+        return list(dict.fromkeys(order[places % len(order)].tolist()))
+
+    # Caches of this object's own, as an order need not be hashable; they hold no reference to it, so it ends with its
+    # last user.
+
+    @functools.cached_property
+    def _order_of(self) -> Callable[[int], Indices]:
         if self.order is None:
             raise ValueError("no custom order was given")
-        order = _evaluate_order(self.order, self.seed, epoch, self.length)
+        return functools.lru_cache(_EPOCHS_KEPT)(functools.partial(_evaluate_order, self.order, self.seed, self.length))
+
+    @functools.cached_property
+    def _earlier_in(self) -> Callable[[int], Indices]:
+        order_of = self._order_of
+        return functools.lru_cache(_EPOCHS_KEPT)(lambda epoch: _count_earlier(order_of(epoch)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_order_of", "_earlier_in")}
+
+    def _custom_order(self, epoch: int) -> Indices:
+        order = self._order_of(epoch)
         known = self.__dict__.get("epoch_length")
         if known is not None and len(order) != known:
             raise ValueError(
@@ -159,16 +187,13 @@ class Batching:
 
 @functools.lru_cache(maxsize=8)
 def _permutation(length: int, seed: int, epoch: int) -> Indices:
-    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, _SHUFFLE_STREAM])))
-    order = rng.permutation(length)
+    order = np.random.Generator(np.random.PCG64(seed_sequence(Stream.SHUFFLE, seed, epoch))).permutation(length)
     order.flags.writeable = False
     return order
 
 
-@functools.lru_cache(maxsize=4)
-def _evaluate_order(order: Order, seed: int, epoch: int, length: int) -> Indices:
-    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, _ORDER_STREAM])))
-    raw = order(epoch, rng)
+def _evaluate_order(order: Order, seed: int, length: int, epoch: int) -> Indices:
+    raw = order(epoch, np.random.Generator(np.random.PCG64(seed_sequence(Stream.ORDER, seed, epoch))))
     indices = np.asarray(raw if isinstance(raw, np.ndarray | Sequence) else list(raw))
     if indices.ndim != 1 or indices.size == 0 or not np.issubdtype(indices.dtype, np.integer):
         raise ValueError(
@@ -183,10 +208,8 @@ def _evaluate_order(order: Order, seed: int, epoch: int, length: int) -> Indices
     return result
 
 
-@functools.lru_cache(maxsize=4)
-def _count_earlier(order: Order, seed: int, epoch: int, length: int) -> Indices:
+def _count_earlier(indices: Indices) -> Indices:
     """For each position of an order, how often its index stands before it."""
-    indices = _evaluate_order(order, seed, epoch, length)
     by_index = np.argsort(indices, kind="stable")
     ordered = indices[by_index]
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
@@ -216,7 +239,7 @@ def keyed_permutation(positions: Indices, length: int, seed: int, epoch: int) ->
     half = max(1, (int(length - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
     shift = np.uint64(half)
-    keys = np.random.SeedSequence([seed, epoch, _SHUFFLE_STREAM]).generate_state(_FEISTEL_ROUNDS, np.uint64)
+    keys = seed_sequence(Stream.SHUFFLE, seed, epoch).generate_state(_FEISTEL_ROUNDS, np.uint64)
     result = positions.astype(np.uint64)
     outside = np.ones(result.shape, dtype=bool)
     while outside.any():

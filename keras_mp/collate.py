@@ -73,11 +73,16 @@ class Samples:
 
 
 class Stack:
-    """The default collate: the first sample fixes the structure and the shapes, every sample fills its row."""
+    """The default collate: one sample fixes the structure and the shapes, every sample fills its row.
 
-    def __init__(self, capacity: int) -> None:
+    Args:
+        capacity: rows in the batch.
+        like: the sample that fixes them; None: the first one.
+    """
+
+    def __init__(self, capacity: int, like: Any = None) -> None:
         self._capacity = capacity
-        self._root: _Node | None = None
+        self._root: _Node | None = None if like is None else _build(like, capacity, "", "most samples of the batch")
 
     def put(self, row: int, sample: Any) -> None:
         """Writes `sample` into row `row` of every leaf.
@@ -87,9 +92,13 @@ class Stack:
         """
         if sample is None:
             raise TypeError("the transform returned None; did it forget to return the sample?")
-        root = self._root or _build(sample, self._capacity, "")
+        root = self._root or _build(sample, self._capacity, "", "the first sample of the batch")
         root.put(row, sample)
         self._root = root  # only now: a first sample that fails half-way fixes nothing
+
+    def row(self, row: int) -> Any:
+        """The sample in row `row`, standing on the batch."""
+        return None if self._root is None else self._root.part(row)
 
     def repeat(self, row: int, target: int) -> None:
         """Copies row `row` to row `target`."""
@@ -98,29 +107,72 @@ class Stack:
 
     def finish(self, count: int) -> Any:
         """The batch of the first `count` rows: arrays of shape (count, *sample shape), in the samples' structure."""
-        return None if self._root is None else self._root.finish(count)
+        return None if self._root is None else self._root.part(slice(count))
+
+
+def spec_of(sample: Any) -> Any:
+    """What must be alike in the samples of a batch, as something hashable: structure, shapes and kinds of leaves.
+
+    Raises:
+        TypeError, ValueError: the sample cannot be stacked at all.
+    """
+    if sample is None:
+        return None
+    if isinstance(sample, Mapping):
+        return frozenset((key, spec_of(value)) for key, value in sample.items())
+    if isinstance(sample, tuple) or (isinstance(sample, list) and not _is_scalar_list(sample)):
+        return tuple(spec_of(value) for value in sample)
+    leaf = _as_leaf(sample, "")
+    return leaf.shape, leaf.dtype.kind if leaf.dtype.kind in "USO" else ""
+
+
+def copied(sample: Any) -> Any:
+    """`sample` with arrays and containers of its own. Arrays that stand on a file come read-only, and not copied."""
+    if isinstance(sample, np.ndarray):
+        if not _is_file(sample):
+            return sample.copy(order="K")
+        view = sample.view()
+        view.flags.writeable = False
+        return view
+    kind = type(sample)
+    if kind is dict:
+        return {key: copied(value) for key, value in sample.items()}
+    if kind is list or kind is tuple:
+        return kind([copied(value) for value in sample])
+    if isinstance(sample, tuple) and hasattr(sample, "_make"):
+        return sample._make(copied(value) for value in sample)
+    return sample.copy() if kind is np.void else sample  # a row of a structured array stands on it
+
+
+def _is_file(array: Any) -> bool:
+    while isinstance(array, np.ndarray):
+        if isinstance(array, np.memmap):
+            return True
+        array = array.base
+    return False
 
 
 class _Node:
-    """One place in the samples' structure; this base is the place of a None."""
+    """One place in the samples' structure; this base is the place of a None. `basis` says which sample fixed it."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, basis: str) -> None:
         self.path = path
+        self.basis = basis
 
     def put(self, row: int, value: Any) -> None:
         if value is not None:
-            raise ValueError(f"{_name(self.path)} is None in the first sample of the batch, but {_kind(value)} here")
+            raise ValueError(f"{_name(self.path)} is None in {self.basis}, but {_kind(value)} here")
 
     def repeat(self, row: int, target: int) -> None:
         pass
 
-    def finish(self, count: int) -> Any:
+    def part(self, rows: int | slice) -> Any:
         return None
 
 
 class _Nest(_Node):
-    def __init__(self, path: str, children: dict[Any, _Node], like: Any) -> None:
-        super().__init__(path)
+    def __init__(self, path: str, basis: str, children: dict[Any, _Node], like: Any) -> None:
+        super().__init__(path, basis)
         self._children = children
         self._like = type(like)
         self._is_map = isinstance(like, Mapping)
@@ -131,7 +183,7 @@ class _Nest(_Node):
         if keys != self._children.keys():
             has = _kind(value) if keys is None else f"keys {list(value) if self._is_map else len(value)}"
             raise ValueError(
-                f"{_name(self.path)} has {has}, but the first sample of the batch has "
+                f"{_name(self.path)} has {has}, but {self.basis} has "
                 f"{list(self._children) if self._is_map else f'{len(self._children)} parts'}"
             )
         for key, child in self._children.items():
@@ -141,8 +193,8 @@ class _Nest(_Node):
         for child in self._children.values():
             child.repeat(row, target)
 
-    def finish(self, count: int) -> Any:
-        done = {key: child.finish(count) for key, child in self._children.items()}
+    def part(self, rows: int | slice) -> Any:
+        done = {key: child.part(rows) for key, child in self._children.items()}
         if self._is_map:
             return done
         if hasattr(self._like, "_fields"):
@@ -151,8 +203,8 @@ class _Nest(_Node):
 
 
 class _Leaf(_Node):
-    def __init__(self, path: str, first: npt.NDArray[Any], capacity: int) -> None:
-        super().__init__(path)
+    def __init__(self, path: str, basis: str, first: npt.NDArray[Any], capacity: int) -> None:
+        super().__init__(path, basis)
         self._shape = first.shape
         self._rows = empty((capacity, *first.shape), first.dtype.newbyteorder("="))
 
@@ -160,8 +212,8 @@ class _Leaf(_Node):
         array = value if type(value) is np.ndarray else _as_leaf(value, self.path)
         if array.shape != self._shape:
             raise ValueError(
-                f"{_name(self.path)} has shape {array.shape}, but {self._shape} in the first sample of the batch; make "
-                "the shapes equal in `transform`, or pass `collate=` to pad them"
+                f"{_name(self.path)} has shape {array.shape}, but {self._shape} in {self.basis}; make the "
+                "shapes equal in `transform`, or pass `collate=` to pad them"
             )
         if array.dtype != self._rows.dtype:
             self._widen(array.dtype)
@@ -185,18 +237,20 @@ class _Leaf(_Node):
     def repeat(self, row: int, target: int) -> None:
         self._rows[target] = self._rows[row]
 
-    def finish(self, count: int) -> Any:
-        return self._rows[:count]
+    def part(self, rows: int | slice) -> Any:
+        return self._rows[rows]
 
 
-def _build(sample: Any, capacity: int, path: str) -> _Node:
+def _build(sample: Any, capacity: int, path: str, basis: str) -> _Node:
     if sample is None:
-        return _Node(path)
+        return _Node(path, basis)
     if isinstance(sample, Mapping):
-        return _Nest(path, {k: _build(v, capacity, f"{path}[{k!r}]") for k, v in sample.items()}, sample)
+        parts = {k: _build(v, capacity, f"{path}[{k!r}]", basis) for k, v in sample.items()}
+        return _Nest(path, basis, parts, sample)
     if isinstance(sample, tuple) or (isinstance(sample, list) and not _is_scalar_list(sample)):
-        return _Nest(path, {k: _build(v, capacity, f"{path}[{k}]") for k, v in enumerate(sample)}, sample)
-    return _Leaf(path, _as_leaf(sample, path), capacity)
+        parts = {k: _build(v, capacity, f"{path}[{k}]", basis) for k, v in enumerate(sample)}
+        return _Nest(path, basis, parts, sample)
+    return _Leaf(path, basis, _as_leaf(sample, path), capacity)
 
 
 def _is_scalar_list(value: list[Any]) -> bool:

@@ -22,8 +22,9 @@ class PoolDataset(LoadedDataset):
             or torch dataset. Large arrays in it are shared with the workers, not copied to each; memmaps are opened
             again.
         transform: sample -> x, (x, y), (x, y, sample_weight), or any nest of arrays and scalars. Runs in a worker. A
-            parameter named `rng` gets a `numpy.random.Generator` that depends on (seed, epoch, sample) only. None: the
-            sample as it is.
+            parameter named `rng` gets a `numpy.random.Generator` that depends on (seed, epoch, sample) only. It may
+            write into a sample from an array or a list, which is a copy (what stands on a memmap is read-only). None:
+            the sample as it is.
         batch_size: samples in a batch (on each shard).
         collate: list of samples -> batch. None: every leaf is stacked, straight into shared memory.
         batch_transform: batch -> batch, in the worker, after `collate`; `rng` as above, by (seed, epoch, batch).
@@ -35,6 +36,8 @@ class PoolDataset(LoadedDataset):
         max_queue_size: batches in flight, those ready but not yet taken included.
         on_error: what a failing sample does: "raise"; "skip", leave it out, which makes the batch smaller; "replace",
             by the nearest good sample before it in the batch (or the first good one), which keeps the batch's shape.
+            A batch without a good sample is made of samples from elsewhere in the epoch. Where shapes differ in a
+            batch, those that are not like most of it have failed.
         max_failures: with "skip" or "replace", how many samples of an epoch may fail before `TooManyFailures` is
             raised: a count (int) or a share of the epoch (float).
         retries: how often a failing sample is tried again first.
@@ -214,7 +217,8 @@ def parallelize(
         workers: worker processes. None: the usable cores. 0: load in-process.
         use_multiprocessing: False: threads instead of processes.
         max_queue_size: batches in flight, those ready but not yet taken included.
-        seed: seeds `random` and `numpy.random` before each batch, with its epoch and number. None: drawn once.
+        seed: seeds `random`, `numpy.random` and the generators that `py_dataset` holds before each batch, with its
+            epoch and number. None: drawn once.
         retries: how often a failing batch is tried again first.
         timeout: seconds that one batch may take in a worker.
         pool: as for `PoolDataset`.

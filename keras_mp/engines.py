@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from keras_mp import wire
 from keras_mp.loading import Loaded, Loader, Request, ignore_position
 from keras_mp.messages import Failed, error_of, failed_batch
-from keras_mp.randomness import Seeder, ThreadIsolation, restored_global_state, seed_global_state
+from keras_mp.randomness import Seeder, ThreadIsolation
 
 
 class Engine(Protocol):
@@ -49,11 +49,11 @@ class Engine(Protocol):
 
 
 def load_alone(loader: Loader, request: Request) -> Loaded:
-    """Loads a batch in this thread, leaving the global random state as it was."""
+    """Loads a batch in this thread, leaving the generators that it draws from as they were."""
     if not loader.runs_user_code:
         return loader.load(request, ignore_position, None)
-    with restored_global_state():
-        return loader.load(request, ignore_position, seed_global_state)
+    with loader.generators.restored():
+        return loader.load(request, ignore_position, loader.generators.seed)
 
 
 class InlineEngine:
@@ -62,7 +62,7 @@ class InlineEngine:
     bundle_size = 1
 
     def __init__(self, loader: Loader) -> None:
-        self._loader = loader
+        self._loader = loader.renewed()
 
     def submit(self, requests: Sequence[Request]) -> Sequence[Request]:
         return requests
@@ -77,7 +77,7 @@ class InlineEngine:
         pass
 
     def update(self, loader: Loader) -> None:
-        self._loader = loader
+        self._loader = loader.renewed()
 
     def close(self) -> None:
         pass
@@ -120,7 +120,7 @@ class ExecutorEngine:
 
     def update(self, loader: Loader) -> None:
         if isinstance(self._executor, concurrent.futures.ThreadPoolExecutor):
-            self._load = functools.partial(self._load_in_thread, loader)
+            self._load = functools.partial(self._load_in_thread, loader.renewed())
         else:
             data = wire.dump_user_object(loader, "dataset")
             self._load = functools.partial(_load_remotely, hashlib.sha256(data).digest(), data)
@@ -129,7 +129,7 @@ class ExecutorEngine:
         def load(seed: Seeder | None) -> Loaded:
             return loader.load(request, ignore_position, seed)
 
-        loaded: Loaded = self._isolation.run(load) if loader.runs_user_code else load(None)
+        loaded: Loaded = self._isolation.run(load, loader.generators) if loader.runs_user_code else load(None)
         return loaded
 
     def close(self) -> None:

@@ -69,6 +69,7 @@ class SampleFailure:
         message: the exception's text.
         traceback: the formatted traceback, from the process that ran the code.
         where: that process, in words.
+        replaced_by: position in the source of the sample that was served in its place; None where it was left out.
     """
 
     stage: str
@@ -80,6 +81,7 @@ class SampleFailure:
     message: str
     traceback: str
     where: str
+    replaced_by: int | None = None
 
     def describe(self) -> str:
         """One line: what failed, on which sample of which batch, and how."""

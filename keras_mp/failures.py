@@ -23,7 +23,8 @@ class FailureLog:
         self._limit = limit
         self._epoch_samples = epoch_samples
         self._kept: collections.deque[SampleFailure] = collections.deque(maxlen=_KEPT)
-        self._seen: dict[int, set[tuple[int, int | None]]] = {}  # by epoch: a batch may be loaded more than once
+        # By epoch, as a batch may be loaded more than once; with whether another sample was served.
+        self._seen: dict[int, dict[tuple[int, int | None], bool]] = {}
         self.total = 0
 
     @property
@@ -42,10 +43,10 @@ class FailureLog:
             TooManyFailures: the epoch has now more than the limit allows.
         """
         for failure in failures:
-            seen = self._seen.setdefault(failure.epoch, set())
+            seen = self._seen.setdefault(failure.epoch, {})
             if (failure.batch, failure.index) in seen:
                 continue
-            seen.add((failure.batch, failure.index))
+            seen[failure.batch, failure.index] = failure.replaced_by is not None
             self._kept.append(failure)
             self.total += 1
             count = len(seen)
@@ -71,13 +72,15 @@ class FailureLog:
 
     def tell(self, epoch: int) -> None:
         """Warns the user, once, of what failed in `epoch`, which is over."""
-        count = len(self._seen.pop(epoch, ()))
-        if not count:
+        seen = self._seen.pop(epoch, {})
+        if not seen:
             return
+        replaced = sum(seen.values())
         last = next((f for f in reversed(self._kept) if f.epoch == epoch), None)
         warnings.warn(
-            f"keras_mp: {count} of {self._epoch_samples} samples failed in epoch {epoch} and were left out or "
-            f"replaced; `dataset.failures` lists them. {'' if last is None else 'The last: ' + last.describe()}",
+            f"keras_mp: {len(seen)} of {self._epoch_samples} samples failed in epoch {epoch} and were left out "
+            f"({len(seen) - replaced}) or replaced by others of the epoch ({replaced}); `dataset.failures` lists them. "
+            f"{'' if last is None else 'The last: ' + last.describe()}",
             RuntimeWarning,
             stacklevel=2,
         )

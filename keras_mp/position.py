@@ -34,14 +34,13 @@ import numpy as np
 
 from keras_mp.batching import Batching
 from keras_mp.callers import Call
+from keras_mp.seeds import Stream, seed_sequence
 
 BatchKey = tuple[int, int]  # epoch, batch
 
 # The order in which an epoch's batches come: the plan's, or permuted because Keras shuffles. Where that showed only at
 # a pass's second number, batch 0 has come first.
 PLANNED, PERMUTED, PERMUTED_AFTER_FIRST = 0, 1, 2
-
-_BATCH_ORDER_STREAM = 3
 
 
 @dataclasses.dataclass
@@ -531,7 +530,7 @@ class Position:
 
 @functools.lru_cache(maxsize=4)
 def _permuted(arrangement: int, count: int, seed: int, epoch: int) -> Sequence[int]:
-    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch, _BATCH_ORDER_STREAM])))
+    rng = np.random.Generator(np.random.PCG64(seed_sequence(Stream.BATCH_ORDER, seed, epoch)))
     order = rng.permutation(count)
     if arrangement == PERMUTED_AFTER_FIRST:
         order = np.concatenate([[0], order[order != 0]])

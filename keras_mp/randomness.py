@@ -1,51 +1,114 @@
 """Random numbers that depend on (seed, epoch, sample) alone, not on who computes the sample or when (P2).
 
-Each sample has a key, `numpy.random.SeedSequence([seed, epoch, sample])`. A function that takes a parameter `rng` gets
-a Generator made from it; the global `random` and `numpy.random` are seeded from it as well, for code that draws there.
+Each sample has a key, which is the root of its streams (see `seeds`). A function that takes a parameter `rng` gets
+a Generator made from it. For code that draws elsewhere, these are seeded from it as well, before each sample: the
+global `random` and `numpy.random`, torch's global generator where torch is loaded, and the generators that the code
+itself holds (see `generators`).
 
-NOTE (threads and global state): the global generators are one per process, so two threads cannot each have their own
-seeding of them. With threads a loader's first batch therefore runs alone, seeded, and if it draws from the global state
-so do all its batches. If not, they run in company, without seeding; should the state have moved by the end of one, it
-is run again, alone. Code that draws only from `rng`, or not at all, waits for nobody but the first batch.
+NOTE (threads): these are shared by all threads, so two threads cannot each have their own seeding of them. With
+threads a loader's first batch therefore runs alone, seeded, and if it draws from one of them so do all its batches. If
+not, they run in company, without seeding; should a state have moved by the end of one, it is run again, alone. Code
+that draws only from `rng`, or not at all, waits for nobody but the first batch.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import pickle
 import random
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from keras_mp.generators import Found, find_generators
+from keras_mp.seeds import Stream, seed_sequence
+
 
 class Key:
-    """The randomness of one sample, or of one batch."""
+    """The randomness of one sample, or of one batch: the arguments of `seed_sequence`."""
 
-    __slots__ = ("_sequence",)
+    __slots__ = ("_root", "_sequence")
 
-    def __init__(self, *entropy: int) -> None:
-        self._sequence = np.random.SeedSequence(entropy)
+    def __init__(self, stream: Stream, seed: int, epoch: int, index: int, repeat: int = 0) -> None:
+        self._root = (stream, seed, epoch, index, repeat)
+        self._sequence: np.random.SeedSequence | None = None  # not made for code that draws nothing
+
+    def sequence(self, part: int = 0) -> np.random.SeedSequence:
+        """The root of its stream, or of one of the further ones."""
+        if part:
+            return seed_sequence(*self._root, part)
+        if self._sequence is None:
+            self._sequence = seed_sequence(*self._root)
+        return self._sequence
 
     def generator(self) -> np.random.Generator:
         """A new Generator, the same for the same key."""
-        return np.random.Generator(np.random.PCG64(self._sequence))
-
-    def seed_global_state(self) -> None:
-        """Seeds `random` and `numpy.random`."""
-        words = self._sequence.generate_state(3)
-        np.random.seed(words[0])
-        random.seed(int(words[1]) << 32 | int(words[2]))
+        return np.random.Generator(np.random.PCG64(self.sequence()))
 
 
 Seeder = Callable[[Key], None]
 
 
-def seed_global_state(key: Key) -> None:
-    """The plain `Seeder`."""
-    key.seed_global_state()
+class Generators:
+    """All that a loader's code may draw from besides `rng`: the global generators, and those that its objects hold."""
+
+    def __init__(self, own: Sequence[Found] = (), names_torch: bool = False, torch: bool = True) -> None:
+        self._own = own
+        self._names_torch = names_torch
+        self._torch = torch
+
+    @classmethod
+    def of(cls, **roots: Any) -> Generators:
+        """Those of the code in `roots`."""
+        return cls(*find_generators(roots))
+
+    def in_threads(self) -> Generators:
+        """The same, but torch's only if the code names it: the training itself may draw from that meanwhile."""
+        return Generators(self._own, self._names_torch, self._names_torch)
+
+    def seed(self, key: Key) -> None:
+        """Seeds all of them."""
+        words = key.sequence().generate_state(5)
+        np.random.seed(words[0])
+        random.seed(int(words[1]) << 32 | int(words[2]))
+        if (torch := self._torch_generator()) is not None:
+            torch.manual_seed(int(words[3]) << 32 | int(words[4]))
+        for found in self._own:
+            found.seed(key.sequence(found.part))
+
+    def state(self) -> list[Any]:
+        """Their states, to be compared."""
+        name, keys, *rest = np.random.get_state()
+        torch = self._torch_generator()
+        states = [random.getstate(), (name, np.asarray(keys).tobytes(), *rest)]
+        states += [] if torch is None else [torch.get_state().numpy().tobytes()]
+        return [*states, *(pickle.dumps(found.get_state()) for found in self._own)]
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Puts them back as they were."""
+        python, legacy = random.getstate(), np.random.get_state()
+        own = [found.get_state() for found in self._own]
+        torch = self._torch_generator()
+        tensor = None if torch is None else torch.get_state()
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)
+            if torch is not None:
+                torch.set_state(tensor)
+            for found, state in zip(self._own, own, strict=True):
+                found.set_state(state)
+
+    def _torch_generator(self) -> Any:
+        """Torch's, on the CPU, if torch is loaded."""
+        torch = sys.modules.get("torch") if self._torch else None
+        return getattr(torch, "default_generator", None)
 
 
 def takes_rng(function: Callable[..., Any] | None) -> bool:
@@ -56,22 +119,6 @@ def takes_rng(function: Callable[..., Any] | None) -> bool:
         return "rng" in inspect.signature(function).parameters
     except (TypeError, ValueError):  # built-in functions without a signature
         return False
-
-
-def _global_state() -> tuple[Any, ...]:
-    name, keys, *rest = np.random.get_state()
-    return random.getstate(), (name, np.asarray(keys).tobytes(), *rest)
-
-
-@contextlib.contextmanager
-def restored_global_state() -> Iterator[None]:
-    """Puts the global `random` and `numpy.random` back as they were."""
-    python, legacy = random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(legacy)
 
 
 class _Company:
@@ -112,38 +159,44 @@ _company = _Company()
 
 
 class ThreadIsolation:
-    """Runs a loader's batches on threads so that each sees the global random state it would see alone."""
+    """Runs a loader's batches on threads so that each finds the shared generators as it would find them alone."""
 
     def __init__(self) -> None:
-        self._draws: bool | None = None  # whether this loader's code draws from the global state; None: not known yet
+        self._draws: bool | None = None  # whether this loader's code draws from them; None: not known yet
 
-    def run(self, load: Callable[[Seeder | None], Any]) -> Any:
-        """Calls `load(seeder)`, alone and seeded if it draws from the global state; else with None, in company."""
+    def run(self, load: Callable[[Seeder | None], Any], generators: Generators) -> Any:
+        """Calls `load(seeder)`, alone and seeded if it draws from `generators`; else with None, in company."""
+        generators = generators.in_threads()
         if self._draws is False:
             with _company.together():
-                before = _global_state()
+                before = generators.state()
                 try:
                     result, error = load(None), None
                 except Exception as caught:
                     result, error = None, caught
-                moved = _global_state() != before
+                moved = generators.state() != before
             if not moved:
                 if error is not None:
                     raise error
                 return result
-        with _company.alone(), restored_global_state():
-            last: list[Key] = []
+        with _company.alone(), generators.restored():
+            seeded: list[Any] = []  # the state behind the last seeding, until it is known that this code draws
+
+            def check() -> None:
+                # It may have been somebody else who drew, say Keras shuffling in the main thread: only a state that
+                # has moved away from its seeding shows that this code draws.
+                if seeded and generators.state() != seeded:
+                    self._draws = True
+                    seeded.clear()
 
             def seed(key: Key) -> None:
-                key.seed_global_state()
-                last[:] = [key]
+                check()
+                generators.seed(key)
+                if not self._draws:
+                    seeded[:] = generators.state()
 
             try:
                 return load(seed)
             finally:
-                # It may have been somebody else who drew, say Keras shuffling in the main thread: only a state that
-                # has moved away from its seeding shows that this code draws.
-                after = _global_state()
-                if last:
-                    last[0].seed_global_state()
-                    self._draws = after != _global_state()
+                check()
+                self._draws = bool(self._draws)

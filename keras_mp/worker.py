@@ -28,7 +28,6 @@ from keras_mp.arena import SlotMemory
 from keras_mp.collate import allocating
 from keras_mp.loading import Loaded, Loader, Request, ignore_position
 from keras_mp.messages import EXIT_NO_DESCRIPTOR, Done, Failed, Forget, Hello, Load, Reply, Run, failed_batch
-from keras_mp.randomness import seed_global_state
 from keras_mp.segment import map_segment
 
 # Frames longer than this go through the slot: the parent reads many workers' sockets, and a pickle in shared memory
@@ -120,7 +119,7 @@ class Worker:
                 raise loader
             note = memory.slot.note_sample if memory.slot else ignore_position
             with allocating(memory.allocate):
-                loaded = loader.load(request, note, seed_global_state)
+                loaded = loader.load(request, note, loader.generators.seed)
         except BaseException as error:  # SystemExit and KeyboardInterrupt in user code are failures of user code
             return failed_batch(error, request)
         try:

@@ -26,6 +26,11 @@ def picky(value: Any) -> Any:
     return np.float32(value)
 
 
+class MultiLine:
+    def __repr__(self) -> str:
+        return "two\nlines"
+
+
 def dataset(**options: Any) -> keras_mp.PoolDataset:
     return keras_mp.PoolDataset(np.arange(20.0), picky, batch_size=5, **{"on_error": "skip", "workers": 0, **options})
 
@@ -107,3 +112,32 @@ def test_a_pool_that_contradicts_the_other_arguments_is_refused() -> None:
             with pytest.raises(ValueError, match="leave"):
                 keras_mp.PoolDataset(range(4), transforms.with_random, pool=pool, **options)
         keras_mp.PoolDataset(range(4), transforms.with_random, pool=pool, workers=2).close()
+
+
+def needs_more(sample: Any) -> Any:
+    raise ValueError("too small")
+
+
+@pytest.mark.parametrize(
+    ("source", "item"),
+    [
+        (np.zeros((4, 64, 64, 3), np.uint8), "array of shape (64, 64, 3), dtype uint8"),
+        ([(np.zeros((30, 30)), 7)] * 4, "(array of shape (30, 30), dtype float64, 7)"),
+        (
+            [{"image": np.zeros((2, 2), np.float32), "name": "tile 7"}],
+            "{'image': array of shape (2, 2), dtype float32, ",
+        ),
+        ([transforms.Pair(np.zeros(3), 1)], "Pair(x=array of shape (3,), dtype float64, y=1)"),
+        ([[np.zeros(2)]], "[array of shape (2,), dtype float64]"),
+        ([np.zeros(())], "array(0.)"),
+        ([MultiLine()], "two lines"),
+        ([np.float32(7)], "7.0"),
+        ([{"a": 1, "b": [1, 2]}], "{'a': 1, 'b': [1, 2]}"),
+        (["one\ntwo"], "'one\\ntwo'"),
+    ],
+)
+def test_an_item_is_one_line_and_an_array_its_shape(source: Any, item: str) -> None:
+    with keras_mp.PoolDataset(source, needs_more, workers=0) as train, pytest.raises(keras_mp.SampleError) as caught:
+        list(train)
+    assert item in caught.value.failure.item
+    assert "\n" not in caught.value.failure.describe()

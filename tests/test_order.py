@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import pickle
 from typing import Any
 
 import numpy as np
@@ -88,3 +91,78 @@ def test_an_epoch_of_another_length_is_refused() -> None:
 def test_an_order_and_shuffle_contradict_each_other() -> None:
     with pytest.raises(ValueError, match="order="):
         keras_mp.PoolDataset(range(4), order=growing, shuffle=True)
+
+
+class Ordered:
+    """An order that cannot be hashed, as a dataclass cannot."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+
+    def __call__(self, epoch: int, rng: np.random.Generator) -> Any:
+        self.calls.append(epoch)
+        return rng.permutation(10)
+
+
+@dataclasses.dataclass
+class Rotated:
+    by: int
+
+    def __call__(self, epoch: int, rng: np.random.Generator) -> Any:
+        return [(index + self.by * (epoch + 1)) % 10 for index in range(10)] + [0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_order_need_not_be_hashable(workers: int) -> None:
+    order = Rotated(3)
+    with dataset(order, workers) as train:
+        for epoch in range(2):
+            expected = order(epoch, np.random.default_rng())
+            assert [int(v) for batch in train for v in batch["value"]] == expected
+        parts = [train.shard(2, index) for index in range(2)]
+        again = pickle.loads(pickle.dumps(train))
+        expected = order(2, np.random.default_rng())
+        assert [int(v) for batch in again for v in batch["value"]] == expected
+        batches = [[int(v) for v in batch["value"]] for part in parts for batch in part]
+        assert sorted(v for batch in batches for v in batch) == sorted(expected)
+        for part in parts:
+            part.close()
+
+
+def test_an_order_is_computed_once_an_epoch() -> None:
+    order = Ordered()
+    with dataset(order) as train:
+        for _ in range(3):
+            list(train)
+    assert order.calls == [0, 1, 2]
+
+
+def test_samples_batches_shuffles_and_orders_draw_from_streams_of_their_own() -> None:
+    """The first numbers of every generator that a run hands out, and the permutations made by those it does not."""
+    drawn: list[tuple[float, ...]] = []
+
+    def draw(value: Any, rng: np.random.Generator) -> Any:
+        permutations.append(copy.deepcopy(rng).permutation(10).tolist())
+        drawn.append(tuple(rng.random(2)))
+        return value
+
+    def order(epoch: int, rng: np.random.Generator) -> Any:
+        drawn.append(tuple(rng.random(2)))
+        return [*range(10), *range(10)]
+
+    seeds = [0, 1, 2, 3, 7, 7 + (3 << 32), 1 << 64]
+    epochs = 5
+    for seed in seeds:
+        permutations: list[list[int]] = []
+        options: dict[str, Any] = {"batch_transform": draw, "batch_size": 4, "workers": 0, "seed": seed}
+        with keras_mp.PoolDataset(range(10), draw, order=order, **options) as train:
+            for _ in range(epochs):
+                list(train)
+        assert len(permutations) == epochs * 25
+        with keras_mp.PoolDataset(range(10), shuffle=True, workers=0, seed=seed, batch_size=10) as shuffled:
+            for _ in range(epochs):
+                assert next(iter(shuffled)).tolist() not in permutations
+                shuffled.set_epoch(shuffled.epoch + 1)
+    assert len(set(drawn)) == len(drawn) == len(seeds) * epochs * 26

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from keras_mp import randomness
-from keras_mp.randomness import Key, Seeder, ThreadIsolation, restored_global_state, takes_rng
+from keras_mp.randomness import Generators, Key, Seeder, ThreadIsolation, takes_rng
+from keras_mp.seeds import Stream, seed_sequence
+
+_GLOBAL = Generators()
 
 
 def _draw_globally() -> tuple[float, float, float]:
@@ -21,29 +23,32 @@ def _draw_globally() -> tuple[float, float, float]:
 
 
 def test_equal_keys_give_equal_draws_and_others_do_not() -> None:
-    keys = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0, 0, 7), (2**40, 3, 10**12)]
-    own = [Key(*key).generator().random(3).tolist() for key in keys]
-    assert own == [Key(*key).generator().random(3).tolist() for key in keys]
+    big = 7 + (3 << 32)
+    numbers = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0, 0, 7), (big, 4, 5), (7, 3, 4, 5), (7, 3, big), (0, 5)]
+    numbers += [(2**40, 3, 10**12), (2**64, 0, 0), (2**96, 0, 0), (0, 2**32, 0), (0, 0, 2**32), (2**200, 0, 0)]
+    keys = [(stream, key) for stream in Stream for key in numbers]
+    own = [seed_sequence(stream, *key).generate_state(4).tolist() for stream, key in keys]
+    assert own == [seed_sequence(stream, *key).generate_state(4).tolist() for stream, key in keys]
     assert len({tuple(draw) for draw in own}) == len(keys)
 
 
 def test_keys_seed_both_global_generators() -> None:
-    with restored_global_state():
+    with _GLOBAL.restored():
         draws = []
-        for key in [(1, 2, 3), (1, 2, 4), (1, 2, 3)]:
-            Key(*key).seed_global_state()
+        for index in (3, 4, 3):
+            _GLOBAL.seed(Key(Stream.SAMPLE, 1, 2, index))
             draws.append(_draw_globally())
     assert draws[0] == draws[2]
     assert all(one != other for one, other in zip(draws[0], draws[1], strict=True))
 
 
-def test_restored_global_state_restores_after_an_error() -> None:
-    before = randomness._global_state()
-    with pytest.raises(KeyError), restored_global_state():
+def test_the_global_state_is_restored_after_an_error() -> None:
+    before = _GLOBAL.state()
+    with pytest.raises(KeyError), _GLOBAL.restored():
         _draw_globally()
         np.random.seed(3)
         raise KeyError
-    assert randomness._global_state() == before
+    assert _GLOBAL.state() == before
 
 
 class _Method:
@@ -79,8 +84,8 @@ def test_takes_rng(function: Callable[..., Any] | None, expected: bool) -> None:
 
 
 def _alone(load: Callable[[Seeder | None], Any]) -> Any:
-    with restored_global_state():
-        return load(lambda key: key.seed_global_state())
+    with _GLOBAL.restored():
+        return load(_GLOBAL.seed)
 
 
 def _loads(body: Callable[[int], Any], count: int) -> list[Callable[[Seeder | None], Any]]:
@@ -88,7 +93,7 @@ def _loads(body: Callable[[int], Any], count: int) -> list[Callable[[Seeder | No
 
     def load(number: int, seed: Seeder | None) -> Any:
         if seed is not None:
-            seed(Key(number))
+            seed(Key(Stream.SAMPLE, 0, 0, number))
         return number, body(number)
 
     return [functools.partial(load, number) for number in range(count)]
@@ -97,7 +102,7 @@ def _loads(body: Callable[[int], Any], count: int) -> list[Callable[[Seeder | No
 def _known_not_to_draw() -> ThreadIsolation:
     isolation = ThreadIsolation()
     (load,) = _loads(lambda number: None, 1)
-    isolation.run(load)
+    isolation.run(load, _GLOBAL)
     assert isolation._draws is False
     return isolation
 
@@ -115,19 +120,23 @@ def test_threads_that_draw_globally_draw_what_they_would_alone() -> None:
         return [_draw_globally() for _ in range(20)]
 
     expected = [_alone(load) for load in _loads(lambda number: [_draw_globally() for _ in range(20)], 40)]
-    before = randomness._global_state()
+    before = _GLOBAL.state()
     with ThreadPoolExecutor(4) as threads:
-        got = list(threads.map(isolation.run, _loads(body, 40)))
+        got = list(threads.map(functools.partial(isolation.run, generators=_GLOBAL), _loads(body, 40)))
     assert got == expected
     assert isolation._draws
-    assert randomness._global_state() == before
+    assert _GLOBAL.state() == before
 
 
 def test_threads_that_do_not_draw_run_in_company() -> None:
     isolation = _known_not_to_draw()
     barrier = threading.Barrier(4)
     with ThreadPoolExecutor(4) as threads:
-        got = list(threads.map(isolation.run, _loads(lambda number: barrier.wait(30) >= 0, 4)))
+        got = list(
+            threads.map(
+                functools.partial(isolation.run, generators=_GLOBAL), _loads(lambda number: barrier.wait(30) >= 0, 4)
+            )
+        )
     assert got == [(number, True) for number in range(4)]  # a barrier of four passes only if four are inside
     assert not isolation._draws
 
@@ -141,13 +150,13 @@ def test_somebody_elses_draw_does_not_make_a_loader_run_alone_for_ever() -> None
         if seed is None:
             random.random()  # as Keras might in the main thread meanwhile
         else:
-            seed(Key(1))
+            seed(Key(Stream.SAMPLE, 0, 0, 1))
         return "batch"
 
-    assert isolation.run(load) == "batch"
+    assert isolation.run(load, _GLOBAL) == "batch"
     assert len(runs) == 2
     assert not isolation._draws
-    assert isolation.run(lambda seed: seed) is None
+    assert isolation.run(lambda seed: seed, _GLOBAL) is None
 
 
 def test_an_error_without_draws_is_raised_once() -> None:
@@ -158,7 +167,7 @@ def test_an_error_without_draws_is_raised_once() -> None:
         raise KeyError("bad sample")
 
     with pytest.raises(KeyError, match="bad sample"):
-        _known_not_to_draw().run(load)
+        _known_not_to_draw().run(load, _GLOBAL)
     assert runs == [None]
 
 
@@ -168,18 +177,18 @@ def test_an_error_after_a_draw_counts_only_if_it_comes_again_seeded() -> None:
 
     def load(seed: Seeder | None) -> float:
         if seed is not None:
-            seed(Key(5))
+            seed(Key(Stream.SAMPLE, 0, 0, 5))
         value = random.random()
         if seed is None:
             raise ValueError("unlucky")
         return value
 
-    assert isolation.run(load) == _alone(load)
+    assert isolation.run(load, _GLOBAL) == _alone(load)
     assert isolation._draws
     with pytest.raises(ValueError, match="always"):
-        isolation.run(lambda seed: _raise(ValueError("always")))
+        isolation.run(lambda seed: _raise(ValueError("always")), _GLOBAL)
     # The lock is free again.
-    assert ThreadIsolation().run(lambda seed: 3) == 3
+    assert ThreadIsolation().run(lambda seed: 3, _GLOBAL) == 3
 
 
 def _raise(error: Exception) -> None:
