@@ -131,10 +131,9 @@ class LoadedDataset(keras.utils.PyDataset):
         with self._lock:
             if self._plan.is_endless:
                 return None
-            if by_keras:
-                self._divide()
+            self._divide()
             self._position.read(by_keras)
-            return self._position.num_batches * (self._stride if by_keras else 1)
+            return self._position.num_batches * self._stride
 
     @property
     def workers(self) -> int:
@@ -180,7 +179,7 @@ class LoadedDataset(keras.utils.PyDataset):
             return None, self._take_next()
         self._run_due_hook()
         epoch = self._position.epoch
-        asked = self._position.ask(index, by_keras, self._stride if by_keras else 1)
+        asked = self._position.ask(index, by_keras, self._stride)
         if self._position.epoch != epoch:
             self._failures.tell(epoch)
         run = asked.run
@@ -351,8 +350,7 @@ class LoadedDataset(keras.utils.PyDataset):
         by_keras = is_keras(sys._getframe(1), self)
         with self._lock:
             self._run_due_hook()
-            if by_keras:
-                self._divide()
+            self._divide()
             self._position.begin(current_call() if by_keras else None)
             self._send_changes()
             expected = self._position.expected()

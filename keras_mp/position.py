@@ -80,7 +80,7 @@ class Pass:
         base: what is left.
         count: batches in a whole epoch.
         length: how many of them this pass takes.
-        stride: every `stride`-th number is asked for.
+        stride: among how many processes Keras divides the numbers.
         by_keras: whether Keras runs it.
         call: the call of `fit`, `evaluate` or `predict` that does, if any.
     """
@@ -94,7 +94,6 @@ class Pass:
         self.call = call
         self.served = array.array("q")  # positions, in the order in which whoever runs the pass has asked for them
         self._count = count
-        self._shard: int | None = None  # of the numbers asked for, with a stride
         self._places = array.array("q", [-1]) * (length * stride)  # by number: its position, or -1
         self._asked = bytearray(length * stride)  # by number: whether whoever runs the pass has asked for it
         self._order: Iterator[int] = itertools.islice(base.positions(count), length)
@@ -109,11 +108,9 @@ class Pass:
         """Whether it takes all that is left of its epoch."""
         return self.length == self.base.left(self._count)
 
-    def has(self, number: int) -> bool:
-        """Whether `number` stands for a batch of the pass."""
-        if self._shard is None:
-            self._shard = number % self.stride
-        return 0 <= number < len(self._places) and number % self.stride == self._shard
+    def has(self, number: int, counts: bool) -> bool:
+        """Whether `number` stands for a batch of the pass, or may; of several processes, others have most numbers."""
+        return 0 <= number < len(self._places) and (counts or self.stride == 1 or self._places[number] >= 0)
 
     def place(self, number: int) -> tuple[int, bool]:
         """The position that `number` stands for, and whether it has only now been given one."""
@@ -421,20 +418,19 @@ class Position:
         Args:
             number: batch number, from 0; negative ones count from the end.
             by_keras: whether Keras asks.
-            stride: every `stride`-th number is asked for in a pass.
+            stride: among how many processes the numbers of a pass are divided.
 
         Raises:
             IndexError: there is no such batch.
         """
         is_first = self._read_by.pop(threading.get_ident(), None) == by_keras and self._may_begin(by_keras)
         run = self._begin_pass(number, by_keras, stride) if is_first else self._pass_of(by_keras)
-        if run is None or not run.has(number):
+        counts = run is not None and by_keras == run.by_keras
+        if run is None or not run.has(number, counts):
             return Asked(self.look(number))
-        if by_keras == run.by_keras:
-            self._is_asked = True
+        self._is_asked |= counts
         is_new = is_first or self._turns_out_shuffled(run, number)
         position, is_next = run.place(number)
-        counts = by_keras == run.by_keras
         if counts:
             run.ask(number, position)
         key = run.progress.epoch, self.order(run.progress)[position]
@@ -486,7 +482,7 @@ class Position:
             self._end_pass(self._pass)
         base, call = self.start, self._begun_by
         if not self._is_settled(base):
-            if number >= stride:
+            if number != self._number(0, stride):
                 self._shuffles[call] = True
             base.arrangement = int(self._shuffles.get(call, False))
         elif base.arrangement != PLANNED:
@@ -518,11 +514,15 @@ class Position:
         """Whether its order does not depend on Keras."""
         return self.plan.is_ordered or base.arrangement != PLANNED or base.position > 0
 
+    def _number(self, place: int, stride: int) -> int:
+        """The number that Keras asks for at `place` if it does not shuffle."""
+        return place if stride == 1 else self.plan.shard + place * stride
+
     def _turns_out_shuffled(self, run: Pass, number: int) -> bool:
         """Whether the second number of a pass shows that Keras shuffles."""
         if len(run.served) != 1 or self._is_settled(run.base) or run.call in self._shuffles:
             return False
-        self._shuffles[run.call] = number // run.stride != 1
+        self._shuffles[run.call] = number != self._number(1, run.stride)
         if self._shuffles[run.call]:
             run.base.arrangement = run.progress.arrangement = PERMUTED_AFTER_FIRST
         return self._shuffles[run.call]

@@ -3,8 +3,8 @@
 A frame is a length and a pickle, and stays small: arrays lie in shared memory and only their places travel. Pickles
 are read from nobody but our own worker on the socket it inherited (P7).
 
-Functions and classes of the user's travel by cloudpickle, so lambdas, closures and what is defined in `__main__` or a
-notebook work. `numpy.memmap` is sent as the place in its file, never as its bytes.
+How functions and classes of the user's travel is `pickling`'s affair. `numpy.memmap` is sent as the place in its file,
+never as its bytes.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import pickle
 import socket
 import struct
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import cloudpickle
 import numpy as np
 
 from keras_mp.errors import KerasMPError
+from keras_mp.pickling import CodePickler
 
 ALIGNMENT = 64  # TensorFlow aliases host memory only at multiples of EIGEN_MAX_ALIGN_BYTES
 
@@ -46,8 +46,9 @@ def dump_result(value: Any, buffers: Buffers) -> bytes:
         return pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
     except Exception:  # of a class that exists only by value, say one the user defined in `__main__`
         buffers.clear()
-        data: bytes = cloudpickle.dumps(value, protocol=5, buffer_callback=buffers.append)
-        return data
+        stream = io.BytesIO()
+        CodePickler(stream, buffers.append).dump(value)
+        return stream.getvalue()
 
 
 def dump_user_object(value: Any, name: str, buffers: Buffers | None = None) -> bytes:
@@ -69,10 +70,7 @@ def dump_user_object(value: Any, name: str, buffers: Buffers | None = None) -> b
     return stream.getvalue()
 
 
-class _UserPickler(cloudpickle.Pickler):
-    def __init__(self, stream: io.BytesIO, callback: Callable[[pickle.PickleBuffer], Any] | None) -> None:
-        super().__init__(stream, protocol=5, buffer_callback=callback)
-
+class _UserPickler(CodePickler):
     def reducer_override(self, obj: Any) -> Any:
         keras = sys.modules.get("keras")
         if keras is not None and isinstance(obj, type) and obj is keras.utils.PyDataset:

@@ -17,6 +17,7 @@ import keras_mp
 from tests.faults.common import digests, harmed, undisturbed
 from tests.faults.harm import Harm, Source
 here = Path(sys.argv[1])
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 """
 
 
