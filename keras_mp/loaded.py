@@ -37,6 +37,7 @@ from keras_mp.loading import Loaded, Loader, Request
 from keras_mp.pool import WorkerPool, check_workers, shared_pool
 from keras_mp.position import PERMUTED_AFTER_FIRST, Asked, BatchKey, Position, Progress
 from keras_mp.readahead import ReadAhead
+from keras_mp.threads import ThreadsEngine
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -634,12 +635,11 @@ class LoadedDataset(keras.utils.PyDataset):
         engine: Engine
         pool: WorkerPool | None = None
         if isinstance(self._pool, concurrent.futures.Executor):
-            engine = ExecutorEngine(self._pool, self._loader, owned=False)
+            engine = ExecutorEngine(self._pool, self._loader)
         elif isinstance(self._pool, str) or self._num_workers == 0:
             engine = InlineEngine(self._loader)
         elif not self._processes:
-            threads = concurrent.futures.ThreadPoolExecutor(self._num_workers, thread_name_prefix="keras_mp")
-            engine = ExecutorEngine(threads, self._loader, owned=True)
+            engine = ThreadsEngine(self._num_workers, self._loader)
         else:
             pool = self._pool if isinstance(self._pool, WorkerPool) else shared_pool(self._num_workers)
             engine = pool.client(self._loader, self._timeout_s)
