@@ -94,6 +94,7 @@ class LoadedDataset(keras.utils.PyDataset):
         self._depth = 0 if by_keras or (pool is None and self._num_workers == 0) else max_queue_size
         self._max_failures = max_failures
         self._stride = 1
+        self._warned_of_keras_pool = False
         self._closed = False
         self._set_plan(plan)
         self._make_runtime_state()
@@ -351,6 +352,8 @@ class LoadedDataset(keras.utils.PyDataset):
         with self._lock:
             self._run_due_hook()
             self._divide()
+            if isinstance(self._pool, str) and by_keras:
+                self._warn_of_keras_pool()
             self._position.begin(current_call() if by_keras else None)
             self._send_changes()
             expected = self._position.expected()
@@ -393,6 +396,18 @@ class LoadedDataset(keras.utils.PyDataset):
         plan = self._plan.for_shard(shards, index)
         if (self._position.plan.num_shards, self._position.plan.shard) != (shards, index):
             self._position.use(plan)
+
+    def _warn_of_keras_pool(self) -> None:
+        if keras.backend.backend() != "tensorflow" and not self._warned_of_keras_pool:
+            self._warned_of_keras_pool = True
+            warnings.warn(
+                f"keras_mp: pool='keras' on {keras.backend.backend()}: where Keras builds a model, or its metrics, "
+                "from one batch, its own queue serves what it had read ahead for that in the next pass, so that "
+                "batches are repeated and others left out in every epoch. Leave out pool= (each sample then comes "
+                "once), or call fit() on data of the same shapes first",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def _send_changes(self) -> None:
         """Gives the workers what has changed in the source or the functions since the last epoch."""
