@@ -1,7 +1,7 @@
 """What Keras sees of a dataset of ours, whatever its batches are made of: a `keras.utils.PyDataset`.
 
 Keras is told `workers=1`, so it asks for one batch after the other from a plain loop, and this module reads ahead on
-its own workers. Keras's own queue would have the batches it read ahead before a model was built (JAX, torch) come out
+our workers. Keras's own queue would have the batches it read ahead before a model was built (JAX, torch) come out
 again in the first real pass, lose as many at its end, and wait a tenth of a second at the end of every epoch. With
 `pool="keras"` the queue and the process pool are Keras's.
 
