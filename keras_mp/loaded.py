@@ -264,7 +264,8 @@ class LoadedDataset(keras.utils.PyDataset):
     def _keys(self, epochs: int) -> Iterator[tuple[int, int]]:
         """(epoch, batch) of every batch in what is left of this epoch and the `epochs - 1` after it."""
         epoch, batches = self._tracker.epoch, self._tracker.batches()
-        later = itertools.product(range(epoch + 1, epoch + epochs), range(self._plan.num_batches))
+        count = self._plan.num_batches
+        later = ((number, batch) for number in range(epoch + 1, epoch + epochs) for batch in range(count))
         return itertools.chain(((epoch, batch) for batch in batches), later)
 
     def _new_read_ahead(self, plan: Iterator[tuple[int, int]]) -> ReadAhead:
