@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import keras
 import numpy as np
 
-from keras_mp import checks
+from keras_mp import checks, exits
 from keras_mp.batching import Batching
 from keras_mp.callers import current_call, is_keras
 from keras_mp.engines import Engine, ExecutorEngine, InlineEngine
@@ -303,6 +303,7 @@ class LoadedDataset(keras.utils.PyDataset):
         self._ahead = self._ahead_of = None
 
     def _served(self, load: Callable[..., Loaded], *arguments: Any) -> Any:
+        self._check_open()
         started = time.perf_counter()
         try:
             loaded = load(*arguments)
@@ -598,7 +599,8 @@ class LoadedDataset(keras.utils.PyDataset):
     def close(self) -> None:
         """Drops what is being loaded and ends the workers, unless another dataset uses them. May be called twice.
 
-        Batches already taken stay valid.
+        Batches already taken stay valid. An iteration or an export that is in use raises `PoolClosed` for the next one.
+        The end of the process closes every dataset.
         """
         with self._lock:
             if self._closed:
@@ -639,11 +641,15 @@ class LoadedDataset(keras.utils.PyDataset):
         if runtime is not None:
             return runtime
         with self._lock:
-            if self._closed:
-                raise PoolClosed(f"{type(self).__name__} has been closed; make a new one")
+            self._check_open()
             if self._runtime is None:
                 self._runtime = self._start()
+                exits.close_at_exit(self)
             return self._runtime
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise PoolClosed(f"{type(self).__name__} has been closed; make a new one")
 
     def _start(self) -> _Runtime:
         engine: Engine
