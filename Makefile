@@ -4,15 +4,18 @@
 PYTHON ?= python3
 VENV ?= .venv
 BENCH ?=
+KERAS ?=
+TESTS ?=
 BIN := $(VENV)/bin
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test bench format clean
+.PHONY: help demo test test-keras bench format clean
 
 help:
 	@echo "make demo    train on real Sentinel-2 tiles and compare the loaders (about two minutes after the downloads)"
 	@echo "make test    ruff, mypy, pytest"
+	@echo "make test-keras KERAS=path   the tests with Keras from a checkout of its source"
 	@echo "make bench   compare with the other data loaders; BENCH=--quick for a short run"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make clean   remove $(VENV) and the caches"
@@ -44,6 +47,11 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+test-keras: $(VENV)/.installed-dev
+	@test -f "$(KERAS)/keras/src/version.py" || { echo "KERAS must be a checkout of keras, got '$(KERAS)'"; exit 2; }
+	PYTHONPATH="$(abspath $(KERAS))" $(BIN)/python -c 'import keras; print("Keras", keras.__version__, keras.__path__)'
+	PYTHONPATH="$(abspath $(KERAS))" $(BIN)/python -m pytest $(TESTS)
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks $(BENCH)

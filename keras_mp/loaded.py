@@ -1,7 +1,7 @@
 """What Keras sees of a dataset of ours, whatever its batches are made of: a `keras.utils.PyDataset`.
 
 Keras is told `workers=1`, so it asks for one batch after the other from a plain loop, and this module reads ahead on
-its own workers. Keras's own queue would have the batches it read ahead before a model was built (JAX, torch) come out
+our workers. Keras's own queue would have the batches it read ahead before a model was built (JAX, torch) come out
 again in the first real pass, lose as many at its end, and wait a tenth of a second at the end of every epoch. With
 `pool="keras"` the queue and the process pool are Keras's.
 
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import keras
 import numpy as np
 
-from keras_mp import checks
+from keras_mp import checks, exits
 from keras_mp.batching import Batching
 from keras_mp.callers import current_call, is_keras
 from keras_mp.engines import Engine, ExecutorEngine, InlineEngine
@@ -95,6 +95,7 @@ class LoadedDataset(keras.utils.PyDataset):
         self._depth = 0 if by_keras or (pool is None and self._num_workers == 0) else max_queue_size
         self._max_failures = max_failures
         self._stride = 1
+        self._warned_of_keras_pool = False
         self._closed = False
         self._set_plan(plan)
         self._make_runtime_state()
@@ -303,6 +304,7 @@ class LoadedDataset(keras.utils.PyDataset):
         self._ahead = self._ahead_of = None
 
     def _served(self, load: Callable[..., Loaded], *arguments: Any) -> Any:
+        self._check_open()
         started = time.perf_counter()
         try:
             loaded = load(*arguments)
@@ -352,6 +354,8 @@ class LoadedDataset(keras.utils.PyDataset):
         with self._lock:
             self._run_due_hook()
             self._divide()
+            if isinstance(self._pool, str) and by_keras:
+                self._warn_of_keras_pool()
             self._position.begin(current_call() if by_keras else None)
             self._send_changes()
             expected = self._position.expected()
@@ -394,6 +398,18 @@ class LoadedDataset(keras.utils.PyDataset):
         plan = self._plan.for_shard(shards, index)
         if (self._position.plan.num_shards, self._position.plan.shard) != (shards, index):
             self._position.use(plan)
+
+    def _warn_of_keras_pool(self) -> None:
+        if keras.backend.backend() != "tensorflow" and not self._warned_of_keras_pool:
+            self._warned_of_keras_pool = True
+            warnings.warn(
+                f"keras_mp: pool='keras' on {keras.backend.backend()}: where Keras builds a model, or its metrics, "
+                "from one batch, its own queue serves what it had read ahead for that in the next pass, so that "
+                "batches are repeated and others left out in every epoch. Leave out pool= (each sample then comes "
+                "once), or call fit() on data of the same shapes first",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def _send_changes(self) -> None:
         """Gives the workers what has changed in the source or the functions since the last epoch."""
@@ -584,7 +600,8 @@ class LoadedDataset(keras.utils.PyDataset):
     def close(self) -> None:
         """Drops what is being loaded and ends the workers, unless another dataset uses them. May be called twice.
 
-        Batches already taken stay valid.
+        Batches already taken stay valid. An iteration or an export that is in use raises `PoolClosed` for the next one.
+        The end of the process closes every dataset.
         """
         with self._lock:
             if self._closed:
@@ -625,11 +642,15 @@ class LoadedDataset(keras.utils.PyDataset):
         if runtime is not None:
             return runtime
         with self._lock:
-            if self._closed:
-                raise PoolClosed(f"{type(self).__name__} has been closed; make a new one")
+            self._check_open()
             if self._runtime is None:
                 self._runtime = self._start()
+                exits.close_at_exit(self)
             return self._runtime
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise PoolClosed(f"{type(self).__name__} has been closed; make a new one")
 
     def _start(self) -> _Runtime:
         engine: Engine

@@ -116,7 +116,7 @@ class PoolClient:
     """One dataset's access to a pool."""
 
     def __init__(self, pool: WorkerPool, task: Task) -> None:
-        self.pool = pool
+        self._pool: WorkerPool | None = pool  # which lives as long as somebody may ask for a batch
         self._dispatcher = pool._dispatcher
         self._task = task
         self._finalizer = weakref.finalize(self, _close_later, self._dispatcher, task)
@@ -153,13 +153,15 @@ class PoolClient:
         job.cancelled = True
 
     def close(self) -> None:
-        """Drops this dataset's requests and memory."""
+        """Drops this dataset's requests, memory and hold on the pool, whoever still holds the client."""
         self._finalizer()
+        self._pool = None
 
     def stats(self) -> dict[str, Any]:
         """The pool's numbers, and this dataset's slots: how many, and bytes of address space in all."""
-        arena = self._task.arena
-        return {"engine": "worker pool", **self.pool.stats(), "slots": len(arena.slots), "slot_bytes": arena.nbytes}
+        arena, pool = self._task.arena, self._pool
+        numbers = {} if pool is None else pool.stats()
+        return {"engine": "worker pool", **numbers, "slots": len(arena.slots), "slot_bytes": arena.nbytes}
 
 
 def _close_later(dispatcher: Dispatcher, task: Task) -> None:

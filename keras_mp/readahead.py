@@ -39,11 +39,12 @@ class ReadAhead:
         Raises:
             PoolClosed: it has been closed.
         """
+        engine = self._open()
         if not self._ahead:
             self._fill(max(1, self._depth))
         _, handle = self._ahead.popleft()
         room = self._depth - len(self._ahead)
-        if room and room >= min(self._open().bundle_size, self._depth * 4 // 5):  # until there is room for several
+        if room and room >= min(engine.bundle_size, self._depth * 4 // 5):  # until there is room for several
             self._fill(room)
         return handle
 

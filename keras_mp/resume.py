@@ -66,7 +66,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         self._dataset = dataset
         self._folder = Path(backup_dir)
         self._number = 0
-        self._quiet: contextlib.ExitStack | None = None
+        self._quiet = contextlib.ExitStack()
         self._random_state: Any = None
         self._before_end: list[tuple[Any, Any]] = []
         self._begin(0, 0)
@@ -114,10 +114,6 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         if epoch != self._epoch:
             self._steps_before = 0
         self._epoch, self._steps = epoch, 0
-        if self._resumed:
-            self._quiet = contextlib.ExitStack()
-            self._quiet.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings("ignore", message="Your input ran out of data")  # as it should: it is resumed
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         if self._random_state is not None:
@@ -130,13 +126,15 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         self._done += steps
         if self._done >= self._length and self._resumed:
             self._remember_counters()
+            self._quiet.enter_context(warnings.catch_warnings())  # no earlier, as `fit` may raise
+            warnings.filterwarnings("ignore", message="Your input ran out of data")  # as it should: it is resumed
         while self._done > self._length:
             self._begin_next_pass()
         if self.save_freq != "epoch" and self._unsaved >= self.save_freq:
             self._save()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        self._end_quiet()
+        self._quiet.close()
         for variable, value in self._before_end:
             variable.assign(value)
         self._before_end = []
@@ -157,11 +155,6 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         else:
             self._data_epoch += 1
             self._length, self._resumed = self._dataset.position.count, False
-
-    def _end_quiet(self) -> None:
-        if self._quiet is not None:
-            self._quiet.close()
-            self._quiet = None
 
     def _remember_counters(self) -> None:
         """Keeps what the step after the last one of a resumed epoch will change.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import random
+import resource
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -418,3 +419,27 @@ def test_parallelize_a_list_of_batches(engine: dict[str, Any]) -> None:
     with keras_mp.parallelize(batches, **engine) as dataset:
         assert [batch[0][0, 0] for batch in dataset] == [0, 1, 2, 3, 4]
         assert repr(dataset).startswith("parallelize(list, 5 batches")
+
+
+# -- a long epoch ----------------------------------------------------------------------------------------------------
+
+
+class _Many:
+    """More samples than a list of their numbers has room for."""
+
+    def __len__(self) -> int:
+        return 50_000_000
+
+    def __getitem__(self, index: int) -> Any:
+        return index
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_the_length_of_an_epoch_takes_no_memory(exported: bool) -> None:
+    with keras_mp.PoolDataset(_Many(), batch_size=1, workers=0, shuffle=False) as train:
+        batches = train.to_tf_dataset(epochs=2) if exported else train
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        iterator = iter(batches)
+        assert [int(next(iterator)[0]) for _ in range(20)] == list(range(20))
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+        del iterator

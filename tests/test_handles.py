@@ -7,6 +7,7 @@ The ways of asking are those of Keras: up to 3.15 it shuffles with the global `r
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import json
 import random
@@ -15,6 +16,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
+import numpy as np
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -336,3 +339,67 @@ def test_a_shard_counts_for_itself() -> None:
         list(dataset)
     part = dataset.shard(2, 0)
     assert (part.stats()["batches"], part.failures, part.epoch) == (0, [], 1)
+
+
+# -- ends ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("taken", [0, 1, 3])
+def test_close_ends_the_workers_while_iterators_are_alive(taken: int) -> None:  # P4
+    with _dataset(workers=2) as dataset:
+        iterators = [iter(dataset), dataset.stream(), iter(dataset.to_tf_dataset())]
+        for iterator in iterators:
+            for _ in range(taken):
+                next(iterator)
+        list(dataset)
+        pids = dataset.stats()["pids"]
+        assert pids
+    assert not [pid for pid in pids if psutil.pid_exists(pid)]
+    if taken:
+        with pytest.raises(keras_mp.PoolClosed):
+            next(iterators[0])
+
+
+def test_a_dataset_that_is_let_go_ends_its_workers_without_the_garbage_collector() -> None:  # P4
+    gc.collect()
+    gc.disable()
+    try:
+        dataset = _dataset(workers=2)
+        list(dataset)
+        list(_passes(dataset, _by_epoch, 1))
+        next(iter(dataset))
+        workers = [psutil.Process(pid) for pid in dataset.stats()["pids"]]
+        del dataset
+        assert not psutil.wait_procs(workers, timeout=30)[1]
+    finally:
+        gc.enable()
+
+
+# -- datasets that never end -----------------------------------------------------------------------------------------
+
+
+class Endless(keras.utils.PyDataset):
+    @property
+    def num_batches(self) -> None:
+        return None
+
+    def __getitem__(self, index: int) -> Any:
+        return np.full((2, 1), index, "float32"), np.zeros((2, 1), "float32")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_dataset_that_never_ends(workers: int) -> None:
+    with keras_mp.parallelize(Endless(), workers=workers) as dataset:
+        assert dataset.num_batches is None
+        assert [dataset[i][0][0, 0] for i in (0, 1, 0, 1, 2, 7)] == [0, 1, 0, 1, 2, 7]
+        assert [int(x[0, 0]) for x, _ in itertools.islice(dataset, 4)] == [0, 1, 2, 3]
+        export = dataset.to_tf_dataset()
+        assert [int(x[0, 0]) for x, _ in export.take(4)] == [0, 1, 2, 3]
+        for call in (lambda: len(dataset), dataset.state_dict, lambda: dataset.shard(2, 0)):
+            with pytest.raises(TypeError, match="never ends"):
+                call()
+        model = keras.Sequential([keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+        history = model.fit(dataset, steps_per_epoch=3, epochs=2, verbose=0)
+        assert len(history.history["loss"]) == 2
+        assert "endless" in repr(dataset)

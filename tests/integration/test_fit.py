@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import itertools
 import random
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -375,3 +376,59 @@ def test_an_epoch_is_read_ahead_before_its_first_batch_is_asked_for(shuffle: boo
         dataset.on_epoch_begin()
         assert eventually(lambda: len(loaded) == 10)
         assert (sorted(loaded) == list(range(10))) is not shuffle
+
+
+# -- two passes at once ----------------------------------------------------------------------------------------------
+
+
+def _recorder() -> Recorder:
+    made = Recorder()
+    made.compile(keras.optimizers.SGD(1e-6), "mse", run_eagerly=True)
+    return made
+
+
+def test_of_two_fits_on_one_dataset_in_two_threads_the_second_is_refused(pool: keras_mp.WorkerPool) -> None:
+    errors: list[str] = []
+
+    class Second(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            if batch == 1:
+                thread = threading.Thread(target=fit_again)
+                thread.start()
+                thread.join()
+
+    with _dataset(pool=pool) as dataset:
+
+        def fit_again() -> None:
+            try:
+                _recorder().fit(dataset, verbose=0)
+            except RuntimeError as error:
+                errors.append(str(error))
+
+        first = _recorder()
+        first.fit(dataset, epochs=2, verbose=0, callbacks=[Second()])
+    assert len(errors) == 2 and all("Make a second dataset" in error for error in errors)
+    assert [sorted(epoch) for epoch in first.epochs()] == [list(range(_SAMPLES))] * 2
+
+
+def test_a_fit_that_was_given_up_does_not_stand_in_the_way_of_the_next(pool: keras_mp.WorkerPool) -> None:
+    class Stop(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            if batch == 2:
+                raise KeyboardInterrupt
+
+    with _dataset(pool=pool, shuffle=True, seed=2) as dataset, _dataset(workers=0, shuffle=True, seed=2) as plain:
+        for _ in range(2):  # the second time from the same line
+            with pytest.raises(KeyboardInterrupt):
+                _recorder().fit(dataset, verbose=0, callbacks=[Stop()])
+        second = _recorder()
+        second.fit(dataset, epochs=2, verbose=0)
+        expected = [_flat([batch[1] for batch in plain]) for _ in range(2)]
+        assert len(second.epochs()) == len(expected)
+        assert [sorted(epoch) for epoch in second.epochs()] == [list(range(_SAMPLES))] * 2
+        assert dataset.epoch == 2
+        with pytest.raises(KeyboardInterrupt):
+            _recorder().fit(dataset, verbose=0, callbacks=[Stop()])
+        epoch = dataset.epoch
+        assert len(list(dataset)) == len(dataset)
+        assert dataset.epoch == epoch + 1

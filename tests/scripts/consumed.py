@@ -11,7 +11,8 @@ import os
 import sys
 from typing import Any
 
-os.environ["KERAS_BACKEND"] = sys.argv[1]
+if __name__ == "__main__":
+    os.environ["KERAS_BACKEND"] = sys.argv[1]
 
 import keras
 import numpy as np
@@ -120,7 +121,8 @@ class Tester(keras.callbacks.Callback):
 
 
 def dataset(**options: Any) -> keras_mp.PoolDataset:
-    return keras_mp.PoolDataset(range(SAMPLES), one_hot, batch_size=BATCH, seed=7, **{"shuffle": True, **options})
+    options = {"shuffle": True, "batch_size": BATCH, "seed": 7, **options}
+    return keras_mp.PoolDataset(range(SAMPLES), one_hot, **options)
 
 
 def model() -> Any:
