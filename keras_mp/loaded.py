@@ -30,6 +30,7 @@ import numpy as np
 from keras_mp import checks, exits
 from keras_mp.batching import Batching
 from keras_mp.callers import current_call, is_keras
+from keras_mp.collate import with_tuples
 from keras_mp.engines import Engine, ExecutorEngine, InlineEngine
 from keras_mp.errors import PoolClosed, SampleError, SampleFailure
 from keras_mp.failures import FailureLog
@@ -170,7 +171,7 @@ class LoadedDataset(keras.utils.PyDataset):
         if asked is not None:
             with self._lock:
                 self._position.hand_out(asked)
-        return batch
+        return with_tuples(batch) if by_keras and keras.backend.backend() == "tensorflow" else batch
 
     def _ask(self, index: int, by_keras: bool) -> tuple[Asked | None, Any]:
         """What `dataset[index]` is, and the engine's handle of it."""

@@ -6,7 +6,6 @@ end waits for it longer than a moment (P3).
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
 import queue
@@ -102,14 +101,13 @@ class ThreadsEngine:
         self._closed = False
         self.update(loader)
         self._end_threads = weakref.finalize(self, _end_threads, self._queue, count)
-        self._end_threads.atexit = False  # `_close_all` does that, and waits
+        self._end_threads.atexit = False  # the dataset is closed there, which waits
         self._threads = [
             threading.Thread(target=_serve, args=(self._queue, self._at), daemon=True, name=f"keras_mp-loader-{number}")
             for number in range(count)
         ]
         for thread in self._threads:
             thread.start()
-        _engines.add(self)
 
     def submit(self, requests: Sequence[Request]) -> list[_Job]:
         """Queues requests."""
@@ -193,14 +191,3 @@ def _serve(jobs: queue.SimpleQueue[_Job | None], at: dict[int, _Job]) -> None:
 def _end_threads(jobs: queue.SimpleQueue[_Job | None], count: int) -> None:
     for _ in range(count):
         jobs.put(None)  # safe in a finaliser: it takes no lock of Python's
-
-
-_engines: weakref.WeakSet[ThreadsEngine] = weakref.WeakSet()
-
-
-def _close_all() -> None:
-    for engine in list(_engines):
-        engine.close()
-
-
-atexit.register(_close_all)
