@@ -44,6 +44,9 @@ def finish(process: subprocess.Popen[str], timeout_s: float = 120.0) -> tuple[in
             process.kill()
             said, _ = process.communicate()
             said += "\n(killed: it did not end)"
+        except BaseException:  # the test's own time is up
+            process.kill()
+            raise
         return process.returncode, said
 
 
