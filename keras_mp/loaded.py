@@ -264,7 +264,7 @@ class LoadedDataset(keras.utils.PyDataset):
                     raise
                 with self._lock:
                     ended = iteration.hand_out(epoch, place)
-                    self._hook_is_due = ended and iteration.moves_the_dataset
+                    self._hook_is_due |= ended and iteration.moves_the_dataset
             if batches:
                 yield batches
             batches = []
@@ -394,9 +394,8 @@ class LoadedDataset(keras.utils.PyDataset):
         self._stride = shards
         if shards == 1 or self._plan.is_endless:
             return
-        plan = self._plan.for_shard(shards, index)
         if (self._position.plan.num_shards, self._position.plan.shard) != (shards, index):
-            self._position.use(plan)
+            self._position.use(self._plan.for_shard(shards, index))
 
     def _warn_of_keras_pool(self) -> None:
         if keras.backend.backend() != "tensorflow" and not self._warned_of_keras_pool:

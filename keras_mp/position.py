@@ -499,7 +499,8 @@ class Position:
         if run.is_whole:
             self.finish(run.progress)
         elif self.follows(run.progress):
-            self.move(run.progress.copy())
+            self._start = self._current = run.progress.copy()
+            self.limit = None
         return run.is_whole
 
     def _pass_of(self, by_keras: bool) -> Pass | None:
