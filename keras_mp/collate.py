@@ -52,6 +52,16 @@ def allocating(allocate: Allocate | None) -> Iterator[None]:
         _current.allocate = before
 
 
+def with_tuples(batch: Any) -> Any:
+    """The batch with lists made tuples: TensorFlow takes a list for a tensor."""
+    if isinstance(batch, dict):
+        return {key: with_tuples(value) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        parts = [with_tuples(value) for value in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else tuple(parts)
+    return batch
+
+
 class Samples:
     """Collects samples for a `collate` function of the user's."""
 

@@ -32,7 +32,8 @@ class PoolDataset(LoadedDataset):
         seed: root of all randomness. None: drawn once, shown in `repr`.
         drop_remainder: leave out the last batch if it is not full.
         workers: worker processes. None: the usable cores. 0: load in-process.
-        use_multiprocessing: False: threads instead of processes.
+        use_multiprocessing: False: threads instead of processes. They share the source and the functions, and one that
+            hangs cannot be ended: `close()` leaves it behind.
         max_queue_size: batches in flight, those ready but not yet taken included.
         on_error: what a failing sample does: "raise"; "skip", leave it out, which makes the batch smaller; "replace",
             by the nearest good sample before it in the batch (or the first good one), which keeps the batch's shape.
@@ -215,7 +216,8 @@ def parallelize(
             `on_epoch_begin` and `on_epoch_end` are called in this process, when Keras would call them, and what they
             change reaches the workers.
         workers: worker processes. None: the usable cores. 0: load in-process.
-        use_multiprocessing: False: threads instead of processes.
+        use_multiprocessing: False: threads instead of processes. They share the source and the functions, and one that
+            hangs cannot be ended: `close()` leaves it behind.
         max_queue_size: batches in flight, those ready but not yet taken included.
         seed: seeds `random`, `numpy.random` and the generators that `py_dataset` holds before each batch, with its
             epoch and number. None: drawn once.

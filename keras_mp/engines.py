@@ -1,4 +1,4 @@
-"""Where a batch is loaded: in this process, on an executor, or on a worker pool. Three rooms with the same door.
+"""Where a batch is loaded: in this thread, on threads, on an executor, or on a worker pool. Rooms with the same door.
 
 `submit` takes a request and returns a handle at once, `result` waits for that handle's batch. Which engine it is makes
 no difference to the batch (P2).
@@ -10,13 +10,17 @@ import concurrent.futures
 import functools
 import hashlib
 import pickle
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 from keras_mp import wire
+from keras_mp.errors import KerasMPError, PoolClosed
 from keras_mp.loading import Loaded, Loader, Request, ignore_position
 from keras_mp.messages import Failed, error_of, failed_batch
-from keras_mp.randomness import Seeder, ThreadIsolation
+from keras_mp.owned import owned
+from keras_mp.randomness import ThreadIsolation
+from keras_mp.threads import ThreadLoader
 
 
 class Engine(Protocol):
@@ -53,7 +57,7 @@ def load_alone(loader: Loader, request: Request) -> Loaded:
     if not loader.runs_user_code:
         return loader.load(request, ignore_position, None)
     with loader.generators.restored():
-        return loader.load(request, ignore_position, loader.generators.seed)
+        return owned(loader.load(request, ignore_position, loader.generators.seed), loader)[0]
 
 
 class InlineEngine:
@@ -87,71 +91,132 @@ class InlineEngine:
 
 
 class ExecutorEngine:
-    """Loads on a `concurrent.futures.Executor`: threads of this process, or the user's own executor.
+    """Loads on a `concurrent.futures.Executor` of the user's.
 
-    Threads share the loader. Any other executor gets it pickled with every request, and its workers keep it unpickled;
-    what that costs is the executor's affair.
+    One that runs its tasks in this process shares the loader. Any other gets it pickled with every request, and its
+    workers keep it unpickled; what that costs is the executor's affair.
     """
 
     bundle_size = 1
 
-    def __init__(self, executor: concurrent.futures.Executor, loader: Loader, owned: bool) -> None:
+    def __init__(self, executor: concurrent.futures.Executor, loader: Loader) -> None:
         self._executor = executor
-        self._owned = owned
         self._isolation = ThreadIsolation()
-        self._load: Callable[[Request], Loaded | Failed]
+        self._closed = False
+        self._waiting: set[threading.Event] = set()
         self.update(loader)
 
-    def submit(self, requests: Sequence[Request]) -> list[concurrent.futures.Future[Any]]:
-        return [self._executor.submit(self._load, request) for request in requests]
+    def submit(self, requests: Sequence[Request]) -> list[_Submitted]:
+        try:
+            return [_Submitted(request, self._executor.submit(self._load, request)) for request in requests]
+        except RuntimeError as error:
+            if "shutdown" not in str(error) or isinstance(error, concurrent.futures.BrokenExecutor):
+                raise
+            raise self._is_shut_down() from error
 
-    def is_ready(self, handle: concurrent.futures.Future[Any]) -> bool:
-        return handle.done()
+    def is_ready(self, handle: _Submitted) -> bool:
+        return handle.future.done()
 
-    def result(self, handle: concurrent.futures.Future[Any]) -> Loaded:
-        reply = handle.result()
+    def result(self, handle: _Submitted) -> Loaded:
+        future = handle.future
+        if not future.done():
+            self._wait(future)
+        if self._closed and (future.cancelled() or not future.done()):
+            request = handle.request
+            raise PoolClosed(
+                f"the dataset was closed while batch {request.batch} of epoch {request.epoch} was being loaded"
+            )
+        try:
+            reply = future.result()
+        except concurrent.futures.CancelledError as error:
+            raise self._is_shut_down() from error
         if isinstance(reply, Failed):
             raise error_of(reply)
         loaded: Loaded = reply
         return loaded
 
-    def cancel(self, handle: concurrent.futures.Future[Any]) -> None:
-        handle.cancel()
+    def cancel(self, handle: _Submitted) -> None:
+        handle.future.cancel()
 
     def update(self, loader: Loader) -> None:
-        if isinstance(self._executor, concurrent.futures.ThreadPoolExecutor):
-            self._load = functools.partial(self._load_in_thread, loader.renewed())
-        else:
-            data = wire.dump_user_object(loader, "dataset")
-            self._load = functools.partial(_load_remotely, hashlib.sha256(data).digest(), data)
-
-    def _load_in_thread(self, loader: Loader, request: Request) -> Loaded:
-        def load(seed: Seeder | None) -> Loaded:
-            return loader.load(request, ignore_position, seed)
-
-        loaded: Loaded = self._isolation.run(load, loader.generators) if loader.runs_user_code else load(None)
-        return loaded
+        self._load = _Load(loader, self._isolation)
+        if not isinstance(self._executor, concurrent.futures.ThreadPoolExecutor):
+            self._load.pack(loader)
 
     def close(self) -> None:
-        if self._owned:
-            self._executor.shutdown(wait=True, cancel_futures=True)
+        self._closed = True
+        for woken in list(self._waiting):
+            woken.set()
 
     def stats(self) -> dict[str, Any]:
         return {"engine": type(self._executor).__name__}
 
+    def _wait(self, future: concurrent.futures.Future[Any]) -> None:
+        """Waits until the future is done or the engine closed."""
+        woken = threading.Event()
+        future.add_done_callback(lambda _: woken.set())
+        self._waiting.add(woken)
+        try:
+            if not self._closed:  # what is closed after this, sees the event
+                woken.wait()
+        finally:
+            self._waiting.discard(woken)
 
-_remote_loaders: dict[bytes, Loader] = {}  # in the executor's worker process: the last few loaders it was sent
+    def _is_shut_down(self) -> PoolClosed:
+        return PoolClosed(
+            f"the {type(self._executor).__name__} that was given as pool= has been shut down, or has cancelled the "
+            "batch; keep it open as long as the dataset is in use"
+        )
+
+
+class _Submitted(NamedTuple):
+    """A batch that an executor has been asked for."""
+
+    request: Request
+    future: concurrent.futures.Future[Any]
+
+
+class _Load:
+    """The task of an executor: `load(request)`. What it is pickled to works in another process too.
+
+    So nobody needs to know whether the executor's tasks run in this process.
+    """
+
+    def __init__(self, loader: Loader, isolation: ThreadIsolation) -> None:
+        self._loader = ThreadLoader(loader, isolation)
+        self._packed: bytes | KerasMPError | None = None
+
+    def pack(self, loader: Loader) -> None:
+        """Pickles the loader as it is now."""
+        try:
+            self._packed = wire.dump_user_object(loader, "dataset")
+        except KerasMPError as error:  # which matters only if the executor pickles its tasks
+            self._packed = error
+
+    def __call__(self, request: Request) -> Loaded:
+        return self._loader.load(request)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if not isinstance(self._packed, bytes):
+            raise self._packed or KerasMPError("the executor is one of threads, which need no pickle")
+        return functools.partial, (_load_remotely, hashlib.sha256(self._packed).digest(), self._packed)
+
+
+_remote_loaders: dict[bytes, tuple[Loader, ThreadLoader]] = {}  # in the executor's worker: the last few it was sent
 _MAX_REMOTE_LOADERS = 8
 
 
 def _load_remotely(key: bytes, data: bytes, request: Request) -> Loaded | Failed:
     try:
-        loader = _remote_loaders.get(key)
-        if loader is None:
+        loaders = _remote_loaders.get(key)
+        if loaders is None:
             loader = pickle.loads(data)
             if len(_remote_loaders) >= _MAX_REMOTE_LOADERS:
                 _remote_loaders.pop(next(iter(_remote_loaders)))
-            _remote_loaders[key] = loader
-        return load_alone(loader, request)
+            loaders = _remote_loaders[key] = loader, ThreadLoader(loader)
+        # Processes have their tasks on the main thread, where no other can run meanwhile.
+        if threading.current_thread() is threading.main_thread():
+            return load_alone(loaders[0], request)
+        return loaders[1].load(request)
     except Exception as error:  # many exceptions do not survive an executor's pickling; the reply does
         return failed_batch(error)

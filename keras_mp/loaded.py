@@ -30,6 +30,7 @@ import numpy as np
 from keras_mp import checks, exits
 from keras_mp.batching import Batching
 from keras_mp.callers import current_call, is_keras
+from keras_mp.collate import with_tuples
 from keras_mp.engines import Engine, ExecutorEngine, InlineEngine
 from keras_mp.errors import PoolClosed, SampleError, SampleFailure
 from keras_mp.failures import FailureLog
@@ -37,6 +38,7 @@ from keras_mp.loading import Loaded, Loader, Request
 from keras_mp.pool import WorkerPool, check_workers, shared_pool
 from keras_mp.position import PERMUTED_AFTER_FIRST, Asked, BatchKey, Position, Progress
 from keras_mp.readahead import ReadAhead
+from keras_mp.threads import ThreadsEngine
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -169,7 +171,7 @@ class LoadedDataset(keras.utils.PyDataset):
         if asked is not None:
             with self._lock:
                 self._position.hand_out(asked)
-        return batch
+        return with_tuples(batch) if by_keras and keras.backend.backend() == "tensorflow" else batch
 
     def _ask(self, index: int, by_keras: bool) -> tuple[Asked | None, Any]:
         """What `dataset[index]` is, and the engine's handle of it."""
@@ -654,12 +656,11 @@ class LoadedDataset(keras.utils.PyDataset):
         engine: Engine
         pool: WorkerPool | None = None
         if isinstance(self._pool, concurrent.futures.Executor):
-            engine = ExecutorEngine(self._pool, self._loader, owned=False)
+            engine = ExecutorEngine(self._pool, self._loader)
         elif isinstance(self._pool, str) or self._num_workers == 0:
             engine = InlineEngine(self._loader)
         elif not self._processes:
-            threads = concurrent.futures.ThreadPoolExecutor(self._num_workers, thread_name_prefix="keras_mp")
-            engine = ExecutorEngine(threads, self._loader, owned=True)
+            engine = ThreadsEngine(self._num_workers, self._loader)
         else:
             pool = self._pool if isinstance(self._pool, WorkerPool) else shared_pool(self._num_workers)
             engine = pool.client(self._loader, self._timeout_s)

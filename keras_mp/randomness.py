@@ -158,16 +158,24 @@ class _Company:
 _company = _Company()
 
 
+class MustRunAlone(Exception):
+    """Raised by a load in company: what it made may be another's."""
+
+
 class ThreadIsolation:
     """Runs a loader's batches on threads so that each finds the shared generators as it would find them alone."""
 
     def __init__(self) -> None:
         self._draws: bool | None = None  # whether this loader's code draws from them; None: not known yet
+        self._must_be_alone = False
 
     def run(self, load: Callable[[Seeder | None], Any], generators: Generators) -> Any:
-        """Calls `load(seeder)`, alone and seeded if it draws from `generators`; else with None, in company."""
+        """Calls `load(seeder)`, alone and seeded if it draws from `generators`; else with None, in company.
+
+        Once a load has raised `MustRunAlone`, all run alone.
+        """
         generators = generators.in_threads()
-        if self._draws is False:
+        if self._draws is False and not self._must_be_alone:
             with _company.together():
                 before = generators.state()
                 try:
@@ -175,7 +183,9 @@ class ThreadIsolation:
                 except Exception as caught:
                     result, error = None, caught
                 moved = generators.state() != before
-            if not moved:
+            if isinstance(error, MustRunAlone):
+                self._must_be_alone = True
+            if not moved and not self._must_be_alone:
                 if error is not None:
                     raise error
                 return result

@@ -17,6 +17,7 @@ import numpy as np
 
 from keras_mp.batching import ENDLESS
 from keras_mp.checks import check_count
+from keras_mp.collate import with_tuples
 from keras_mp.errors import KerasMPError
 from keras_mp.pool import usable_cores
 
@@ -93,10 +94,10 @@ def export(dataset: LoadedDataset, epochs: int, prefetch: int | None, element_sp
         prefetch = check_count(prefetch, "prefetch", 0)
     together = 1
     if element_spec is None:
-        first = _tuples(dataset.first_batch())
+        first = with_tuples(dataset.first_batch())
         together = _together(first)
         element_spec = _spec_of(first, dataset.batch_axis)
-    spec = _Spec(_tuples(element_spec))
+    spec = _Spec(with_tuples(element_spec))
     dtypes = [leaf.dtype for _, leaf in spec.leaves]
     per_epoch = dataset.batches_per_epoch
     endless = per_epoch == ENDLESS
@@ -182,16 +183,6 @@ def _spec_of(batch: Any, axis: int | None) -> Any:
 
 def _tf_dtype(array: np.ndarray[Any, Any]) -> tf.DType:
     return tf.string if array.dtype.kind in "USO" else tf.as_dtype(array.dtype)
-
-
-def _tuples(nest: Any) -> Any:
-    """The nest with lists made tuples, as tf.data takes a list for a tensor."""
-    if isinstance(nest, dict):
-        return {key: _tuples(value) for key, value in nest.items()}
-    if isinstance(nest, list | tuple):
-        parts = [_tuples(value) for value in nest]
-        return type(nest)(*parts) if hasattr(nest, "_fields") else tuple(parts)
-    return nest
 
 
 def _walk(nest: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -49,3 +49,41 @@ def test_fit_evaluate_and_predict(tmp_path: Path, backend: str) -> None:
         pytest.skip(f"{backend} is not installed")
     output = run_script(tmp_path / "train.py", _CODE, KERAS_BACKEND=backend)
     assert output.splitlines() == ["in order True", "again True", "trains True 10", "evaluates True", backend]
+
+
+_LISTS = textwrap.dedent(
+    """
+    import keras
+    import numpy as np
+    import keras_mp
+
+    def sample(index):
+        return [np.full(3, index, np.float32), np.full(2, index, np.float32)], np.float32(index)
+
+    class Batches(keras.utils.PyDataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            inputs, y = sample(index)
+            return [np.stack([part] * 4) for part in inputs], np.full(4, y)
+
+    a, b = keras.Input((3,)), keras.Input((2,))
+    model = keras.Model([a, b], keras.layers.Dense(1)(keras.layers.Concatenate()([a, b])))
+    model.compile("sgd", "mse")
+    with keras_mp.PoolDataset(range(12), sample, batch_size=4, workers=1) as data, \\
+            keras_mp.parallelize(Batches(), workers=1) as given:
+        for dataset in data, given:
+            model.fit(dataset, validation_data=dataset, epochs=2, verbose=0)
+            print(model.predict(dataset, verbose=0).shape, type(dataset[0][0]), type(next(iter(dataset))[0]))
+    """
+)
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
+def test_lists_of_inputs(tmp_path: Path, backend: str) -> None:
+    """TensorFlow takes a list for a tensor, so Keras gets tuples there; everybody else gets what the code made."""
+    if importlib.util.find_spec(backend) is None:
+        pytest.skip(f"{backend} is not installed")
+    output = run_script(tmp_path / "train.py", _LISTS, KERAS_BACKEND=backend)
+    assert output.splitlines() == ["(12, 1) <class 'list'> <class 'list'>"] * 2
