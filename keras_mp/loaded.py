@@ -362,6 +362,7 @@ class LoadedDataset(keras.utils.PyDataset):
             if type(source) is np.ndarray and (shared := engine.shared_view(source)) is not None:
                 self._loader = copy.copy(self._loader)
                 self._loader.source = shared  # the original may go, if the user does not keep it
+                engine.update(self._loader)
         return _Runtime(engine, ReadAhead(engine, self._request, self._depth), pool)
 
     def _workers_text(self) -> str:
