@@ -128,8 +128,8 @@ class LoadedDataset(keras.utils.PyDataset):
         return len(self._position)
 
     @property
-    def num_batches(self) -> int | None:
-        """Number of batches in an epoch; None: it never ends. Keras reads it when it starts to iterate."""
+    def num_batches(self) -> Any:
+        """Number of batches in an epoch (int), or None: it never ends. Keras reads it when it starts to iterate."""
         by_keras = is_keras(sys._getframe(1), self)
         with self._lock:
             if self._plan.is_endless:
@@ -668,6 +668,7 @@ class LoadedDataset(keras.utils.PyDataset):
             if type(source) is np.ndarray and (shared := engine.shared_view(source)) is not None:
                 self._loader = copy.copy(self._loader)
                 self._loader.source = shared  # the original may go, if the user does not keep it
+                engine.update(self._loader)
         return _Runtime(engine, pool)
 
     def _workers_text(self) -> str:

@@ -77,6 +77,14 @@ def worker_pids() -> list[int]:
     return found
 
 
+def is_gone(pid: int) -> bool:
+    """Whether a process has ended; a zombie has, though whoever adopted it may not reap it."""
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
 def _processes(found: Census, known: Census) -> None:
     children = {child.pid for child in psutil.Process().children(recursive=True)}
     for process in psutil.process_iter():
