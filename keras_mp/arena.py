@@ -215,10 +215,11 @@ class Arena:
     def trim(self) -> list[int]:
         """Closes free slots that are not likely to be needed; returns the numbers of slots for workers to forget."""
         dropped, self._retired = self._retired, []
-        if self._closed or not self._freed:
+        needed = min(self._in_use.most, self._in_flight.most + _LET_GO_TOGETHER)
+        if self._closed or len(self.slots) <= needed:
             return dropped
         held = self.lent - sum(slot.in_flight for slot in self.slots.values())
-        needed = min(self._in_use.most, self._in_flight.most + 2 * held + _LET_GO_TOGETHER)
+        needed = min(self._in_use.most, needed + 2 * held)
         while self._freed:
             slot = self._freed[0]
             if len(self.slots) <= needed + min(_SPARE_SLOTS, _SPARE_BYTES // slot.size):

@@ -207,14 +207,13 @@ class Dispatcher:
                         self._flush(key.data)
                     if events & selectors.EVENT_READ:
                         self._read(key.data)
+                gone: list[Seat] = []
                 with self._lock:
                     self._read_notes()
-                    gone = [] if self.closed else self._watch()
-                for seat in gone:
-                    self._read(seat, gone=True)
-                with self._lock:
                     if not self.closed:
-                        self._settle()
+                        gone = self._watch()
+                        if self._ending:
+                            self._settle()
                         self._pump()
                     now = time.monotonic()
                     if self._queue or any(not seat.is_idle for seat in self._seats):
@@ -222,6 +221,8 @@ class Dispatcher:
                     # On for a while: waking this thread for every batch would cost more than a look now and then.
                     # And as long as a consumer has batches: what it lets go of is given back.
                     self._ticking = now - self._busy_at < 4 * _TICK_S or any(task.arena.lent for task in self._tasks)
+                for seat in gone:
+                    self._read(seat, gone=True)
                 self._start_missing()
         except BaseException as error:
             failure = error
@@ -354,11 +355,11 @@ class Dispatcher:
                 return
 
     def _wants_worker(self) -> bool:
+        if len(self._seats) + len(self._ending) >= self.workers or self.closed:
+            return False
         with self._lock:
             starting = sum(not seat.process.ready for seat in self._seats)
-            if len(self._seats) + len(self._ending) >= self.workers or starting >= len(self._queue):
-                return False
-            return not (self.closed or (self._seats and self._starts.pausing))
+            return starting < len(self._queue) and not (self._seats and self._starts.pausing)
 
     def _hand_over(self, seat: Seat, most: int) -> None:
         """Gives a worker the next job, and those after it that may go with it, `most` in all."""
