@@ -6,7 +6,7 @@ slot to its arena (P6). The files have no name, so nothing is left behind whoeve
 
 Layout of a slot: 64 bytes of control words, then the buffers, each at a multiple of 64 bytes. A worker that needs more
 room extends the file and tells the parent its new size in the reply. The control words say which of the batches in the
-slot the worker is at, and at which sample of it, for the parent to read should the worker die.
+slot the worker is at, at which sample of it and since when, for the parent to read should the worker die.
 
 NOTE (no lock in a finaliser): a lease may die on any thread, also inside the allocator while a lock is held, so giving
 a slot back is one `deque.append` and nothing else.
@@ -21,6 +21,7 @@ import os
 import pickle
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,12 +34,16 @@ CONTROL_BYTES = 64
 
 # Before Python 3.13 each mapping costs a descriptor of its own.
 _KEEP_NO_DESCRIPTOR: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
-_PLACE, _POSITION = 0, 1  # control words: of the batch in the slot, and of the sample in the batch
+# Control words: the place of the batch in the slot, the position of the sample in the batch, and when it began (ns of
+# the monotonic clock, which all processes share).
+_PLACE, _POSITION, _SINCE = 0, 1, 2
 NOT_STARTED = -1  # a position before the first sample
 
-# Free slots kept for reuse beyond those in use: enough that steady state creates none, few enough to give memory back
-# after a consumer that held many batches has let them go.
-_SPARE_SLOTS = 8
+# A slot is kept for reuse if it is likely to be needed: as many as have lately been in use together, so that steady
+# state creates none; but of those that a consumer has held and let go only a few, as it may have held a great many.
+_RECENT_LEASES = 128  # more than are in flight at once, as an epoch begins with none
+_LET_GO_TOGETHER = 4  # TensorFlow returns arrays several at a time
+_SPARE_SLOTS, _SPARE_BYTES = 8, 16 << 20  # and some more where they weigh little
 
 
 def create_memory_file() -> int:
@@ -65,6 +70,8 @@ class Slot:
         self.number = number
         self.fd = create_memory_file()
         self.size = mmap.PAGESIZE
+        self.retired = False
+        self.in_flight = False  # lent, and its batches have not been taken yet
         self._map: npt.NDArray[np.uint8] | None = None
         try:
             os.ftruncate(self.fd, self.size)
@@ -121,7 +128,9 @@ class Lease:
 
     def __del__(self) -> None:
         # NumPy's own views would collapse to the map below; only this object knows that the consumer is done.
-        self._freed.append(self.slot)
+        self.slot.in_flight = False
+        if not self.slot.retired:
+            self._freed.append(self.slot)
 
     def remap(self) -> None:
         """Maps what the worker has added. Once done, the batch needs the slot's descriptor no more.
@@ -143,6 +152,10 @@ class Lease:
         control = _control_words(self._memory)
         return control[_PLACE], control[_POSITION]
 
+    def sample_since(self) -> float:
+        """When the sample in progress began, in seconds of `time.monotonic`."""
+        return _control_words(self._memory)[_SINCE] / 1e9
+
     def decode(self, header: bytes | tuple[int, int], places: Sequence[tuple[int, int]]) -> Any:
         """Unpickles a batch whose buffers lie at `places` (offset, bytes); its arrays alias the slot.
 
@@ -163,6 +176,9 @@ class Arena:
         self._freed: collections.deque[Slot] = collections.deque()
         self._numbers = 0
         self.slots: dict[int, Slot] = {}
+        self._retired: list[int] = []
+        self._in_use = _RecentMost()
+        self._in_flight = _RecentMost()
         self._closed = False
 
     def acquire(self) -> Lease:
@@ -179,14 +195,36 @@ class Arena:
             self.slots[slot.number] = slot
         lease = Lease(slot, self._freed)
         lease.restart()
+        slot.in_flight = True
+        self._in_use.add(self.lent)
+        self._in_flight.add(sum(slot.in_flight for slot in self.slots.values()))
         return lease
 
+    @property
+    def lent(self) -> int:
+        """How many slots are in use."""
+        return len(self.slots) - len(self._freed)
+
+    def retire(self, slot: Slot) -> None:
+        """Never lends `slot` again, as something may still write to it. Arrays in it stay valid."""
+        slot.retired = True
+        if self.slots.pop(slot.number, None) is not None:
+            self._retired.append(slot.number)
+        slot.close()
+
     def trim(self) -> list[int]:
-        """Closes free slots beyond what is in use plus a reserve; returns their numbers, for workers to forget."""
-        dropped = []
-        in_use = len(self.slots) - len(self._freed)
-        while len(self._freed) > (0 if self._closed else in_use + _SPARE_SLOTS):
-            slot = self._freed.popleft()
+        """Closes free slots that are not likely to be needed; returns the numbers of slots for workers to forget."""
+        dropped, self._retired = self._retired, []
+        needed = min(self._in_use.most, self._in_flight.most + _LET_GO_TOGETHER)
+        if self._closed or len(self.slots) <= needed:
+            return dropped
+        held = self.lent - sum(slot.in_flight for slot in self.slots.values())
+        needed = min(self._in_use.most, needed + 2 * held)
+        while self._freed:
+            slot = self._freed[0]
+            if len(self.slots) <= needed + min(_SPARE_SLOTS, _SPARE_BYTES // slot.size):
+                break
+            self._freed.popleft()
             del self.slots[slot.number]
             slot.close()
             dropped.append(slot.number)
@@ -197,7 +235,7 @@ class Arena:
         if self._closed:
             return
         self._closed = True
-        for slot in self.slots.values():
+        for slot in list(self.slots.values()):
             slot.close()
         self.slots.clear()
 
@@ -207,6 +245,47 @@ class Arena:
         return sum(slot.size for slot in list(self.slots.values()))
 
 
+class _RecentMost:
+    """The greatest of the last numbers: of the window that is being filled, and the one before."""
+
+    def __init__(self) -> None:
+        self._count = self._now = self._before = 0
+
+    def add(self, number: int) -> None:
+        self._count += 1
+        if self._count % _RECENT_LEASES == 0:
+            self._before, self._now = self._now, number
+        elif number > self._now:
+            self._now = number
+
+    @property
+    def most(self) -> int:
+        """That number."""
+        return max(self._now, self._before)
+
+
+class _Mapping:
+    """A part of a slot, as a worker has it mapped."""
+
+    def __init__(self, fd: int, start: int, size: int) -> None:
+        self.start = start
+        self.memory = map_file(fd, size, offset=start)
+        self.unheld()
+
+    def unheld(self) -> None:
+        """Says that nobody has an array in it now: every one of them would refer to `memory`."""
+        self._references = sys.getrefcount(self.memory)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether somebody has."""
+        return sys.getrefcount(self.memory) > self._references
+
+    def holds(self, offset: int, size: int) -> bool:
+        """Whether this part of the slot lies in it."""
+        return self.start <= offset and offset + size <= self.start + self.memory.nbytes
+
+
 class SlotMemory:
     """The worker's side of one slot: hands out aligned arrays in it, and knows which arrays lie in it."""
 
@@ -214,7 +293,7 @@ class SlotMemory:
         self._fd = fd
         self.size = 0
         self._end = CONTROL_BYTES
-        self._maps: list[tuple[int, npt.NDArray[np.uint8]]] = []
+        self._maps: list[_Mapping] = []
         self._control: memoryview | None = None
 
     def begin(self, size: int) -> None:
@@ -226,10 +305,16 @@ class SlotMemory:
         if self.size != size or len(self._maps) != 1:
             self.size, self._control = 0, None
             self._maps.clear()
-            self._maps.append((0, map_file(self._fd, size)))
+            self._maps.append(_Mapping(self._fd, 0, size))
             self.size = size
-            self._control = _control_words(self._maps[0][1])
+            self._control = _control_words(self._maps[0].memory)
+            self._maps[0].unheld()
         self._end = CONTROL_BYTES
+
+    @property
+    def is_held(self) -> bool:
+        """Whether anybody still has an array in the slot."""
+        return any(mapping.is_held for mapping in self._maps)
 
     def note_batch(self, place: int) -> None:
         """Records that the batches before `place` in this slot are ready."""
@@ -240,6 +325,7 @@ class SlotMemory:
     def note_sample(self, position: int) -> None:
         """Records which sample is being processed."""
         if self._control is not None:
+            self._control[_SINCE] = time.monotonic_ns()
             self._control[_POSITION] = position
 
     def read(self, size: int) -> bytes:
@@ -253,17 +339,17 @@ class SlotMemory:
             OSError: the slot cannot grow.
         """
         offset = wire.align(self._end)
-        start, memory = self._maps[-1]
+        mapping = self._maps[-1]
         if offset + size > self.size:
             # Arrays handed out earlier point into the old mapping, so the new room gets a mapping of its own.
             start = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
             new_size = round_to_page(offset + size + size // 8)
             os.ftruncate(self._fd, new_size)
-            memory = map_file(self._fd, new_size - start, offset=start)
-            self._maps.append((start, memory))
+            mapping = _Mapping(self._fd, start, new_size - start)
+            self._maps.append(mapping)
             self.size = new_size
         self._end = offset + size
-        return offset, memory[offset - start : offset - start + size]
+        return offset, mapping.memory[offset - mapping.start : offset - mapping.start + size]
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
         """Like `np.empty`, in the slot.
@@ -282,18 +368,40 @@ class SlotMemory:
         """
         data = np.frombuffer(buffer.raw(), dtype=np.uint8) if buffer.raw().nbytes else np.empty(0, np.uint8)
         address = data.ctypes.data
-        for start, memory in self._maps:
-            base = memory.ctypes.data
-            if base <= address and address + data.nbytes <= base + memory.nbytes:
-                offset = start + address - base
+        for mapping in self._maps:
+            base = mapping.memory.ctypes.data
+            if base <= address and address + data.nbytes <= base + mapping.memory.nbytes:
+                offset = mapping.start + address - base
                 if offset % wire.ALIGNMENT == 0 and data.nbytes:
                     return offset, data.nbytes
         offset, target = self.take(data.nbytes)
         target[...] = data
         return offset, data.nbytes
 
+    def copy(self, place: tuple[int, int]) -> tuple[int, int]:
+        """Copies what lies at `place` (offset, bytes) to a place of its own.
+
+        Raises:
+            OSError: the slot cannot grow.
+        """
+        data = self._at(place)
+        offset, target = self.take(place[1])
+        target[...] = data
+        return offset, place[1]
+
+    def bytes_at(self, place: tuple[int, int]) -> bytes:
+        """What lies at `place`."""
+        return self._at(place).tobytes()
+
+    def _at(self, place: tuple[int, int]) -> npt.NDArray[np.uint8]:
+        offset, size = place
+        for mapping in self._maps:
+            if mapping.holds(offset, size):
+                return mapping.memory[offset - mapping.start : offset - mapping.start + size]
+        raise ValueError(f"{place} lies in no mapping of the slot")
+
     def close(self) -> None:
-        """Gives up the descriptor and the mappings."""
+        """Gives up the descriptor and the mappings; arrays that somebody holds stay valid."""
         os.close(self._fd)
         self._maps.clear()
         self._control = None

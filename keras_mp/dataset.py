@@ -38,12 +38,14 @@ class PoolDataset(LoadedDataset):
         on_error: what a failing sample does: "raise"; "skip", leave it out, which makes the batch smaller; "replace",
             by the nearest good sample before it in the batch (or the first good one), which keeps the batch's shape.
             A batch without a good sample is made of samples from elsewhere in the epoch. Where shapes differ in a
-            batch, those that are not like most of it have failed.
+            batch, those that are not like most of it have failed. So has a sample that ended two worker processes, or
+            for which `timeout` was exceeded twice.
         max_failures: with "skip" or "replace", how many samples of an epoch may fail before `TooManyFailures` is
             raised: a count (int) or a share of the epoch (float).
         retries: how often a failing sample is tried again first.
         timeout: seconds that one batch may take in a worker process; after that the worker is replaced and the batch
-            run again, once. Threads and executors cannot be ended, so they have no such limit.
+            run again, once; then it is an error, or (see `on_error`) the sample is that took more than a quarter of
+            the time. Threads and executors cannot be ended, so they have no such limit.
         pool: None: worker processes shared by all datasets with this number of them. A `WorkerPool`, or any
             `concurrent.futures.Executor`. "keras": Keras's own process pool runs `dataset[i]`.
         order: callable (epoch, rng) -> sample indices, for weighted or curriculum sampling, in place of `shuffle`. May

@@ -14,6 +14,10 @@ its socket ends, the batch it was at is known, it alone is replaced, and its bat
 worker's end says of its batches is decided in `seat`. Whoever is killed, nothing is left: sockets, lifelines and memory
 files have no name and end with their last holder (P4).
 
+NOTE (the lock is never held across a wait): consumers take it for every batch. What takes time happens on the
+dispatcher's thread without it: starting a process, and seeing to its end. A process that not even SIGKILL ends is left
+to itself, and so is the slot that it may write to.
+
 NOTE (finalisers take no lock): datasets and pools may be collected on any thread, also while it holds the pool's lock,
 so finalisers only leave a note for the dispatcher and wake it.
 """
@@ -34,19 +38,18 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from keras_mp import wire
 from keras_mp.arena import Lease
 from keras_mp.errors import KerasMPError, PoolClosed, WorkerCrashed
 from keras_mp.loading import Request
 from keras_mp.messages import Done, Forget, Reply, Run
 from keras_mp.seat import EXIT_GRACE_S, Seat
-from keras_mp.spawn import Process, worker_environment
+from keras_mp.spawn import KILL_GRACE_S, Process, worker_environment
 from keras_mp.starts import Starts
 from keras_mp.task import Bundle, Job, Task
 
 _TICK_S = 0.5
 _EOF_GRACE_S = 1.0  # a process that ends closes its socket a moment earlier
-_SEND_TIMEOUT_S = 10.0
+_ENDING_TICK_S = 0.005  # between looks at a process that is ending
 _JOIN_TIMEOUT_S = 10.0
 _INLINE_SAMPLES = 512  # a longer list of samples travels in the slot, so that a socket is never full
 
@@ -61,8 +64,11 @@ class Dispatcher:
         self.notes: collections.deque[Task | None] = collections.deque()  # tasks to close; None: close the pool
         self._environment = worker_environment(env, worker_threads)
         self._lock = threading.Lock()
+        self._tasks: set[Task] = set()
         self._queue: collections.deque[Job] = collections.deque()
         self._seats: list[Seat] = []
+        self._ending: list[Seat] = []  # no more jobs for them; what they had is settled when they are gone
+        self._starting = threading.Lock()  # held, before `_lock`, while a process is being started
         self._wake_read, self._wake_write = socket.socketpair()
         try:
             self._selector = selectors.DefaultSelector()
@@ -96,6 +102,7 @@ class Dispatcher:
         with self._lock:
             if self.closed or task.closed:
                 raise PoolClosed("the dataset or its pool has been closed; make a new one")
+            self._tasks.add(task)
             self._queue.extend(jobs)
             if self._thread is None:
                 thread = threading.Thread(target=self._dispatch, daemon=True, name="keras_mp-dispatcher")
@@ -144,11 +151,10 @@ class Dispatcher:
         self.wake()
         thread = self._thread
         if thread is None:
-            if self._lock.acquire(blocking=False):
+            if self._lock.acquire(blocking=False):  # else the thread is being started, and will read the note
                 try:
                     if self._thread is None and not self.closed:
-                        self.closed = True
-                        self._end_all(None)
+                        self._let_go(None)
                 finally:
                     self._lock.release()
         elif wait and thread is not threading.current_thread():
@@ -156,20 +162,24 @@ class Dispatcher:
 
     def before_fork(self) -> None:
         """Waits until no worker is half started, as its descriptors would stay open in the fork."""
+        self._starting.acquire()
         self._lock.acquire()
 
     def after_fork_in_parent(self) -> None:
-        """Goes on."""
+        """Lets workers be started again."""
         self._lock.release()
+        self._starting.release()
 
     def after_fork_in_child(self) -> None:
         """A forked copy lets go of everything: as long as it held a lifeline, workers would outlive their parent."""
-        for seat in self._seats:
+        for seat in [*self._seats, *self._ending]:
+            seat.writer.close()
             seat.process.abandon()
         self._selector.close()
         self._wake_read.close()
         self._wake_write.close()
         self._lock.release()
+        self._starting.release()
 
     def describe(self) -> dict[str, Any]:
         """Numbers for `stats()`."""
@@ -187,33 +197,40 @@ class Dispatcher:
         failure: BaseException | None = None
         try:
             while not self.closed:
-                for key, _ in self._selector.select(_TICK_S if self._ticking else None):
+                patience_s = _ENDING_TICK_S if self._ending else _TICK_S if self._ticking else None
+                for key, events in self._selector.select(patience_s):
                     if key.data is None:
                         with contextlib.suppress(BlockingIOError):
                             self._wake_read.recv(4096)
-                    else:
+                        continue
+                    if events & selectors.EVENT_WRITE:
+                        self._flush(key.data)
+                    if events & selectors.EVENT_READ:
                         self._read(key.data)
                 gone: list[Seat] = []
                 with self._lock:
                     self._read_notes()
                     if not self.closed:
                         gone = self._watch()
+                        if self._ending:
+                            self._settle()
                         self._pump()
-                        self._start_missing()
                     now = time.monotonic()
-                    if self._queue or any(s.bundles or not s.process.ready for s in self._seats):
+                    if self._queue or any(not seat.is_idle for seat in self._seats):
                         self._busy_at = now
                     # On for a while: waking this thread for every batch would cost more than a look now and then.
-                    self._ticking = now - self._busy_at < 4 * _TICK_S
+                    # And as long as a consumer has batches: what it lets go of is given back.
+                    self._ticking = now - self._busy_at < 4 * _TICK_S or any(task.arena.lent for task in self._tasks)
                 for seat in gone:
                     self._read(seat, gone=True)
+                self._start_missing()
         except BaseException as error:
             failure = error
             raise
         finally:
             with self._lock:
-                self.closed = True
-                self._end_all(failure)
+                self._let_go(failure)
+            self._end_workers()
 
     def _read(self, seat: Seat, gone: bool = False) -> None:
         messages = seat.frames.frames()
@@ -239,8 +256,7 @@ class Dispatcher:
         if gone:
             with self._lock:
                 if seat in self._seats:
-                    self._bury(seat)
-                self._pump()
+                    self._remove(seat)
 
     def _answer(self, seat: Seat, reply: Reply) -> None:
         if not seat.bundles or seat.bundles[0].number != reply.number:  # user code has forked, and the fork answers too
@@ -249,7 +265,10 @@ class Dispatcher:
             return
         bundle = seat.bundles.popleft()
         seat.head_since = time.monotonic()
-        if not self._take_over(bundle, reply.slot_size):
+        taken_over = self._take_over(bundle, reply.slot_size)
+        if reply.slot_is_held and bundle.lease is not None:
+            bundle.jobs[0].task.arena.retire(bundle.lease.slot)
+        if not taken_over:
             return
         for job, batch in zip(bundle.jobs, reply.batches, strict=False):
             if isinstance(batch, Done):
@@ -301,7 +320,7 @@ class Dispatcher:
             usable = [
                 seat
                 for seat in self._seats
-                if len(seat.bundles) < job.task.depth and seat.process.ready and not (seat.ended_for or seat.broken)
+                if len(seat.bundles) < job.task.depth and seat.process.ready and seat.process.killed_at is None
             ]
             if not usable:
                 break
@@ -312,30 +331,35 @@ class Dispatcher:
 
     def _start_missing(self) -> None:
         """Starts as many workers as there is work for; on the dispatcher's thread, where no Ctrl-C can come between."""
-        starting = sum(not seat.process.ready for seat in self._seats)
-        while len(self._seats) < self.workers and starting < len(self._queue):
-            if self._seats and self._starts.pausing:
-                return
+        while self._wants_worker():
             try:
-                process = Process(self._environment)
-                try:
-                    seat = Seat(process)
-                    self._selector.register(process.sock, selectors.EVENT_READ, seat)
-                    self._seats.append(seat)
-                except BaseException:
-                    process.reap()
-                    raise
+                with self._starting:
+                    process = Process(self._environment)
+                    try:
+                        with self._lock:
+                            seat = Seat(process)
+                            self._selector.register(process.sock, selectors.EVENT_READ, seat)
+                            self._seats.append(seat)
+                    except BaseException:
+                        process.end()
+                        raise
             except OSError as error:
-                self._starts.pause()
-                if self._seats:
-                    return  # fewer workers than asked for still do the work
-                self._give_up(
-                    f"no worker process could be started: {error}. Received workers={self.workers}; lower it, or raise "
-                    f"the limit on processes or open files (ulimit -u, ulimit -n). sys.executable={sys.executable!r} "
-                    "must be a Python interpreter."
-                )
+                with self._lock:
+                    self._starts.pause()
+                    if not self._seats:  # else those that there are do the work
+                        self._give_up(
+                            f"no worker process could be started: {error}. Received workers={self.workers}; lower it, "
+                            "or raise the limit on processes or open files (ulimit -u, ulimit -n). sys.executable="
+                            f"{sys.executable!r} must be a Python interpreter."
+                        )
                 return
-            starting += 1
+
+    def _wants_worker(self) -> bool:
+        if len(self._seats) + len(self._ending) >= self.workers or self.closed:
+            return False
+        with self._lock:
+            starting = sum(not seat.process.ready for seat in self._seats)
+            return starting < len(self._queue) and not (self._seats and self._starts.pausing)
 
     def _hand_over(self, seat: Seat, most: int) -> None:
         """Gives a worker the next job, and those after it that may go with it, `most` in all."""
@@ -350,17 +374,11 @@ class Dispatcher:
             self._trim(task)
             if seat.versions.get(task.number) != task.version:
                 load, fds = task.load_message()
-                wire.send(seat.process.sock, load, fds)
+                self._send(seat, load, fds)
                 seat.versions[task.number] = load.version
             run, fds = self._run_message(seat, bundle)
-            if bundle.lease is None:
-                seat.process.sock.settimeout(_SEND_TIMEOUT_S)  # a long request may fill the socket
-            try:
-                wire.send(seat.process.sock, run, fds)
-            finally:
-                if bundle.lease is None:
-                    seat.process.sock.setblocking(False)
-        except OSError:  # it died, or does not read: the end of its socket will put its jobs back
+            self._send(seat, run, fds)
+        except OSError:  # no descriptor for a slot, say; the end of its socket will put its jobs back
             seat.process.kill()
         except BaseException:  # Ctrl-C in a consumer: the worker may have half a message
             seat.process.kill()
@@ -390,13 +408,24 @@ class Dispatcher:
             known = [slot for slot in dropped if (task.number, slot) in seat.slots]
             if known:
                 seat.slots.difference_update((task.number, slot) for slot in known)
-                self._tell(seat, Forget(task.number, tuple(known)))
+                self._send(seat, Forget(task.number, tuple(known)))
 
-    def _tell(self, seat: Seat, message: Forget) -> None:
+    def _send(self, seat: Seat, message: Any, fds: Sequence[int] = ()) -> None:
+        """Sends to a worker, and never waits for it: what its socket has no room for goes when there is room."""
         try:
-            wire.send(seat.process.sock, message)
-        except OSError:  # as in `_hand_over`
+            if not seat.writer.send(message, fds):
+                self._selector.modify(seat.process.sock, selectors.EVENT_READ | selectors.EVENT_WRITE, seat)
+                self.wake()
+        except OSError:  # it died: the end of its socket will put its jobs back
             seat.process.kill()
+
+    def _flush(self, seat: Seat) -> None:
+        with self._lock:
+            try:
+                if seat in self._seats and seat.writer.flush():
+                    self._selector.modify(seat.process.sock, selectors.EVENT_READ, seat)
+            except OSError:  # as in `_send`
+                seat.process.kill()
 
     def _run_message(self, seat: Seat, bundle: Bundle) -> tuple[Run, list[int]]:
         task, lease = bundle.jobs[0].task, bundle.lease
@@ -437,9 +466,11 @@ class Dispatcher:
         if now - self._watched_at < _TICK_S / 2:
             return []
         self._watched_at = now
+        for task in self._tasks:
+            self._trim(task)
         gone = []
         for seat in self._seats:
-            if seat.process.has_ended():
+            if seat.process.has_ended() or seat.survives(now):
                 gone.append(seat)
             elif not seat.ended_for and (seat.jobs or not seat.process.ready):  # a bundle may be empty
                 seat.ended_for = seat.missed_deadline(now)
@@ -448,23 +479,45 @@ class Dispatcher:
                     seat.process.kill()
         return gone
 
-    def _bury(self, seat: Seat) -> None:
-        """A worker's socket has ended: remove it, and put back what it was doing."""
+    def _remove(self, seat: Seat) -> None:
+        """A worker's socket has ended, or no more is expected of it. It gets no more jobs; those it has wait."""
         self._selector.unregister(seat.process.sock)
         self._seats.remove(seat)
+        self._ending.append(seat)
+        seat.removed_at = time.monotonic()
+        if seat.broken:
+            seat.process.kill()
+
+    def _settle(self) -> None:
+        """Puts back what workers were doing that have ended, or that cannot be made to."""
+        now = time.monotonic()
+        for seat in list(self._ending):
+            if seat.process.has_ended() or seat.survives(now):
+                self._ending.remove(seat)
+                self._put_back_jobs_of(seat)
+            elif seat.process.killed_at is None and now - seat.removed_at > _EOF_GRACE_S:
+                seat.broken = "closed its socket, but went on running"
+                seat.process.kill()
+
+    def _put_back_jobs_of(self, seat: Seat) -> None:
+        seat.writer.close()
         stderr = seat.process.captured_stderr()
-        if not seat.ended_for and not seat.broken and not seat.process.has_ended(_EOF_GRACE_S):
-            seat.broken = "closed its socket, but went on running"
-        ended = seat.process.reap()
+        ended = seat.process.settle()
+        if seat.process.exit_code is None:
+            for bundle in seat.bundles:
+                if bundle.lease is not None:  # it may yet write there, should it ever go on
+                    bundle.jobs[0].task.arena.retire(bundle.lease.slot)
+        how = seat.ended_for or seat.broken or ended
+        if seat.process.exit_code is None:
+            how += ", and even SIGKILL did not end it"
         if not seat.process.ready:
             if self._starts.failed(seat) and not self._seats:
-                how = seat.ended_for or seat.broken or ended
-                self._give_up(f"a worker process could not start ({how}). It said:\n{stderr or '(nothing)'}")
+                self._give_up(f"a worker process could not start: it {how}. It said:\n{stderr or '(nothing)'}")
             return
         self.restarts += 1
         current = seat.current()
         if current is not None:
-            seat.judge(current, seat.broken or f"ended with {ended}")
+            seat.judge(current, how)
         self._put_back(seat.jobs)
 
     def _give_up(self, text: str) -> None:
@@ -496,6 +549,7 @@ class Dispatcher:
         if task.closed:
             return
         task.close()
+        self._tasks.discard(task)
         for job in [job for job in self._queue if job.task is task]:
             self._queue.remove(job)
             job.fail(PoolClosed("the dataset was closed while this batch was waiting for a worker"))
@@ -505,26 +559,42 @@ class Dispatcher:
                     job.fail(PoolClosed(f"the dataset was closed while {job.name} was being loaded"))
             seat.slots = {key for key in seat.slots if key[0] != task.number}
             if seat.versions.pop(task.number, None) is not None:
-                self._tell(seat, Forget(task.number))
+                self._send(seat, Forget(task.number))
 
-    def _end_all(self, failure: BaseException | None) -> None:
+    def _let_go(self, failure: BaseException | None) -> None:
+        """Nobody waits any longer for what will not come, and no slot is lent out any more."""
+        self.closed = True
         reason = "the pool was closed" if failure is None else f"the pool's dispatcher failed: {failure!r}"
         self._selector.close()
-        for seat in self._seats:
-            seat.process.hang_up()
-            if seat.bundles or not seat.process.ready:
-                seat.process.kill()  # nobody wants its batch any more
-        deadline = time.monotonic() + EXIT_GRACE_S
-        for seat in self._seats:
-            seat.process.reap(max(0.0, deadline - time.monotonic()))
-        jobs = [*self._queue, *(job for seat in self._seats for job in seat.jobs)]
-        tasks = {job.task for job in jobs}
+        self._ending += self._seats  # they stay known, for a fork to let go of
+        jobs = [*self._queue, *(job for seat in self._ending for job in seat.jobs)]
+        tasks, self._tasks = {*self._tasks, *(job.task for job in jobs)}, set()
+        tasks.update(task for task in self.notes if task is not None)
         self._seats, self._queue = [], collections.deque()
         for job in jobs:
             job.fail(PoolClosed(f"{reason} while {job.name} was being loaded"))
-        tasks.update(task for task in self.notes if task is not None)
         for task in tasks:
             task.close()
         self.notes.clear()
         self._wake_read.close()
         self._wake_write.close()
+
+    def _end_workers(self) -> None:
+        """Waits until the workers are gone, or cannot be made to go."""
+        with self._lock:  # also here and below: a fork must not see a descriptor half closed
+            for seat in self._ending:
+                seat.writer.close()
+                seat.process.hang_up()
+                if not seat.is_idle:
+                    seat.process.kill()  # nobody wants its batch any more
+        deadline = time.monotonic() + EXIT_GRACE_S
+        for seat in self._ending:
+            if seat.process.killed_at is None and not seat.process.ends_by(deadline):
+                seat.process.kill()
+        deadline = time.monotonic() + KILL_GRACE_S
+        for seat in self._ending:
+            seat.process.ends_by(deadline)
+        with self._lock:
+            for seat in self._ending:
+                seat.process.settle()
+            self._ending = []

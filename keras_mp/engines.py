@@ -42,8 +42,8 @@ class Engine(Protocol):
     def cancel(self, handle: Any) -> None:
         """Nobody will ask for the result of `handle`."""
 
-    def update(self, loader: Loader) -> None:
-        """Uses `loader` for the requests that follow."""
+    def update(self, loader: Loader) -> bool | None:
+        """Uses `loader` for the requests that follow; whether it differs from the one before (None: not known)."""
 
     def close(self) -> None:
         """Gives up what the engine holds."""

@@ -37,7 +37,7 @@ from keras_mp.failures import FailureLog
 from keras_mp.loading import Loaded, Loader, Request
 from keras_mp.pool import WorkerPool, check_workers, shared_pool
 from keras_mp.position import PERMUTED_AFTER_FIRST, Asked, BatchKey, Position, Progress
-from keras_mp.readahead import ReadAhead
+from keras_mp.readahead import Handles, ReadAhead
 from keras_mp.threads import ThreadsEngine
 
 if TYPE_CHECKING:
@@ -114,8 +114,9 @@ class LoadedDataset(keras.utils.PyDataset):
         self._runtime: _Runtime | None = None
         self._ahead: ReadAhead | None = None  # of the pass that Keras runs
         self._ahead_of: Progress | None = None  # what that pass will go through, if it has not begun yet
-        self._looked_ahead: dict[BatchKey, Any] = {}  # batch 1, once somebody has looked at batch 0
-        self._next_endless = 0
+        self._looks: ReadAhead | None = None  # of batches that somebody looks at, one after the other
+        self._looked_at = -2
+        self._is_unchanged = False  # whether what has been requested is still what it would be if requested now
         self._hook_is_due = False
         self._streams: weakref.WeakSet[ReadAhead] = weakref.WeakSet()
 
@@ -128,8 +129,8 @@ class LoadedDataset(keras.utils.PyDataset):
         return len(self._position)
 
     @property
-    def num_batches(self) -> int | None:
-        """Number of batches in an epoch; None: it never ends. Keras reads it when it starts to iterate."""
+    def num_batches(self) -> Any:
+        """Number of batches in an epoch (int), or None: it never ends. Keras reads it when it starts to iterate."""
         by_keras = is_keras(sys._getframe(1), self)
         with self._lock:
             if self._plan.is_endless:
@@ -176,43 +177,47 @@ class LoadedDataset(keras.utils.PyDataset):
     def _ask(self, index: int, by_keras: bool) -> tuple[Asked | None, Any]:
         """What `dataset[index]` is, and the engine's handle of it."""
         if self._plan.is_endless:
-            if index != self._next_endless or self._ahead is None:
-                self._follow((0, batch) for batch in itertools.count(index, self._stride))
-            self._next_endless = index + self._stride
-            return None, self._take_next()
+            endless = ((self._position.epoch, batch) for batch in itertools.count(index, self._stride))
+            return None, self._take_look(index, (self._position.epoch, index), endless)
         self._run_due_hook()
         epoch = self._position.epoch
         asked = self._position.ask(index, by_keras, self._stride)
         if self._position.epoch != epoch:
             self._failures.tell(epoch)
         run = asked.run
-        if asked.is_new and run is not None:
+        if run is None:
+            return asked, self._take_look(index, asked.key, map(self._position.look, range(index, len(self))))
+        if asked.is_new:
             if self._ahead_of != run.base:
                 self._follow(itertools.chain([asked.key], self._position.rest(run)))
             self._ahead_of = None
         if asked.is_next:
             return asked, self._take_next()
-        return asked, self._take_looked(asked.key, index == 0 and run is None)
+        (handle,) = self._running().engine.submit([self._position.plan.request(*asked.key)])
+        return asked, handle
 
-    def _take_looked(self, key: BatchKey, first: bool) -> Any:
-        """The handle of a batch that is not the next one. TensorFlow looks at the first two, one after the other."""
-        handle = self._looked_ahead.pop(key, None)
-        if handle is None:
-            keys = [key] + ([self._position.look(1)] if first and len(self._position) > 1 else [])
-            handles = self._running().engine.submit([self._position.plan.request(*each) for each in keys])
-            handle = handles[0]
-            self._drop_looked_ahead()
-            self._looked_ahead = dict(zip(keys[1:], handles[1:], strict=True))
-        return handle
+    def _take_look(self, index: int, key: BatchKey, keys: Iterator[BatchKey]) -> Any:
+        """The handle of a batch that is looked at outside of a pass; who looks at one after the other is read ahead."""
+        before, self._looked_at = self._looked_at, index
+        if self._looks is None or self._looks.next_key != key:
+            self._drop_looks()
+            depth = self._depth if index == 0 or index == before + self._stride else 0
+            self._looks = self._read_ahead(keys, depth)
+        return self._looks.take()
 
-    def _drop_looked_ahead(self) -> None:
-        while self._looked_ahead:
-            self._running().engine.cancel(self._looked_ahead.popitem()[1])
+    def _drop_looks(self) -> None:
+        if self._looks is not None:
+            self._looks.close()
+        self._looks = None
 
     def _follow(self, keys: Iterator[BatchKey], of: Progress | None = None) -> None:
         """Reads ahead along `keys` for the pass that Keras runs."""
+        handles: Handles = {}
+        for before in (self._looks, self._ahead):
+            if before is not None and self._is_unchanged:
+                handles |= before.release()
         self._drop_ahead()
-        self._ahead, self._ahead_of = self._read_ahead(keys), of
+        self._ahead, self._ahead_of = self._read_ahead(keys, self._depth, handles), of
 
     def _take_next(self) -> Any:
         if self._ahead is None:
@@ -239,7 +244,7 @@ class LoadedDataset(keras.utils.PyDataset):
             self._run_due_hook()
             self._send_changes()
             iteration = self._position.iterate(epochs, claim)
-            ahead = self._read_ahead(key for *_, key in iteration.places())
+            ahead = self._read_ahead((key for *_, key in iteration.places()), self._depth)
             moves = self._position.moves
         batches: list[Any] = []
         told = iteration.base.epoch
@@ -266,7 +271,7 @@ class LoadedDataset(keras.utils.PyDataset):
                     raise
                 with self._lock:
                     ended = iteration.hand_out(epoch, place)
-                    self._hook_is_due = ended and iteration.moves_the_dataset
+                    self._hook_is_due |= ended and iteration.moves_the_dataset
             if batches:
                 yield batches
             batches = []
@@ -292,14 +297,14 @@ class LoadedDataset(keras.utils.PyDataset):
             handle = self._running().engine.submit([self._position.plan.request(*self._position.look(0))])[0]
         return self._served(self._running().engine.result, handle)
 
-    def _read_ahead(self, keys: Iterator[BatchKey]) -> ReadAhead:
-        ahead = ReadAhead(self._running().engine, _requests(self._position.plan, keys), self._depth)
+    def _read_ahead(self, keys: Iterator[BatchKey], depth: int, handles: Handles | None = None) -> ReadAhead:
+        ahead = ReadAhead(self._running().engine, _requests(self._position.plan, keys), depth, handles)
         self._streams.add(ahead)
         ahead.start()
         return ahead
 
     def _drop_ahead(self) -> None:
-        self._drop_looked_ahead()
+        self._drop_looks()
         if self._ahead is not None:
             self._ahead.close()
         self._ahead = self._ahead_of = None
@@ -341,7 +346,7 @@ class LoadedDataset(keras.utils.PyDataset):
             self._position.set_epoch(epoch)
             if self._ahead_of is not None:
                 self._drop_ahead()
-            self._drop_looked_ahead()
+            self._drop_looks()
         self._failures.tell(before)
 
     def on_epoch_begin(self) -> None:
@@ -396,9 +401,8 @@ class LoadedDataset(keras.utils.PyDataset):
         self._stride = shards
         if shards == 1 or self._plan.is_endless:
             return
-        plan = self._plan.for_shard(shards, index)
         if (self._position.plan.num_shards, self._position.plan.shard) != (shards, index):
-            self._position.use(plan)
+            self._position.use(self._plan.for_shard(shards, index))
 
     def _warn_of_keras_pool(self) -> None:
         if keras.backend.backend() != "tensorflow" and not self._warned_of_keras_pool:
@@ -415,7 +419,7 @@ class LoadedDataset(keras.utils.PyDataset):
     def _send_changes(self) -> None:
         """Gives the workers what has changed in the source or the functions since the last epoch."""
         if self._runtime is not None:
-            self._runtime.engine.update(self._loader)
+            self._is_unchanged = self._runtime.engine.update(self._loader) is False
 
     def _run_due_hook(self) -> None:
         """Calls what follows the end of an epoch: once its last batch is no longer needed."""
@@ -630,7 +634,7 @@ class LoadedDataset(keras.utils.PyDataset):
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "_pool": self._pool if isinstance(self._pool, str) else None}
-        for name in ("_lock", "_runtime", "_ahead", "_looked_ahead", "_streams"):
+        for name in ("_lock", "_runtime", "_ahead", "_looks", "_streams"):
             del state[name]
         return state
 
@@ -669,6 +673,7 @@ class LoadedDataset(keras.utils.PyDataset):
             if type(source) is np.ndarray and (shared := engine.shared_view(source)) is not None:
                 self._loader = copy.copy(self._loader)
                 self._loader.source = shared  # the original may go, if the user does not keep it
+                engine.update(self._loader)
         return _Runtime(engine, pool)
 
     def _workers_text(self) -> str:

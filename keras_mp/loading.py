@@ -33,6 +33,8 @@ OnError = Literal["raise", "skip", "replace"]
 # in one such batch of half a million.
 _MAX_SUBSTITUTES = 256
 
+SAMPLES_DONE = -2  # the position that is noted when all samples have been read, and the batch is put together
+
 
 class Request(NamedTuple):
     """Which batch is wanted: its epoch, its number, and the source indices of its samples in order.
@@ -59,7 +61,8 @@ class Loaded(NamedTuple):
 
 
 class Loader(Protocol):
-    """Loads batches. `note` is told the position of each sample before its turn; `seed` seeds what `generators` are."""
+    """Loads batches. `note` is told the position of each sample before its turn, and `SAMPLES_DONE` after the last;
+    `seed` seeds what `generators` are."""
 
     source: Any
 
@@ -173,6 +176,7 @@ class SampleLoader(_UserCode):
             if made.odd:
                 self._stack_majority(made)
             self._fill(made)
+        note(SAMPLES_DONE)
         batch = self._finish(made.rows, capacity if self.on_error == "replace" else len(made.good), request, seed)
         return Loaded(batch, made.own_failures())
 

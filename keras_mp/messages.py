@@ -90,11 +90,15 @@ class Failed(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """What became of a run's batches, in order, and the slot's new size. Batches that are missing were not begun."""
+    """What became of a run's batches, in order, and the slot's new size. Batches that are missing were not begun.
+
+    `slot_is_held` says that user code has kept an array in the slot, which may not be used again then.
+    """
 
     number: int
     batches: list[Done | Failed]
     slot_size: int | None
+    slot_is_held: bool = False
 
 
 def failed_batch(error: BaseException, request: Request | None = None, stage: str = "worker") -> Failed:

@@ -53,7 +53,8 @@ def check_workers(workers: int | None) -> int:
 class WorkerPool:
     """A pool of worker processes that several datasets can share: `PoolDataset(..., pool=pool)`.
 
-    Processes start at the first request. They import NumPy and what the datasets' own code needs, nothing else.
+    Processes start at the first request. They import NumPy and what the datasets' own code needs, nothing else. What
+    this code starts ends with its worker, unless it has a session or process group of its own.
 
     Args:
         workers: number of processes; None takes the usable cores.
@@ -140,9 +141,9 @@ class PoolClient:
         self._dispatcher.wait(job)
         return job.take()
 
-    def update(self, loader: Loader) -> None:
-        """Replaces the loader for the requests that follow."""
-        self._task.update(loader)
+    def update(self, loader: Loader) -> bool:
+        """Replaces the loader for the requests that follow; whether it differs from the one before."""
+        return self._task.update(loader)
 
     def shared_view(self, array: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
         """See `Task.shared_view`."""

@@ -499,7 +499,8 @@ class Position:
         if run.is_whole:
             self.finish(run.progress)
         elif self.follows(run.progress):
-            self.move(run.progress.copy())
+            self._start = self._current = run.progress.copy()
+            self.limit = None
         return run.is_whole
 
     def _pass_of(self, by_keras: bool) -> Pass | None:
@@ -520,7 +521,7 @@ class Position:
 
     def _turns_out_shuffled(self, run: Pass, number: int) -> bool:
         """Whether the second number of a pass shows that Keras shuffles."""
-        if len(run.served) != 1 or self._is_settled(run.base) or run.call in self._shuffles:
+        if len(run.served) != 1 or self._is_settled(run.base) or self._shuffles.get(run.call):
             return False
         self._shuffles[run.call] = number != self._number(1, run.stride)
         if self._shuffles[run.call]:

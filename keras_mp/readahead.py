@@ -10,6 +10,8 @@ from keras_mp.engines import Engine
 from keras_mp.errors import PoolClosed
 from keras_mp.loading import Loaded, Request
 
+Handles = dict[tuple[int, int], Any]
+
 
 class ReadAhead:
     """A window of requested batches that slides along a sequence of requests.
@@ -20,18 +22,22 @@ class ReadAhead:
         engine: where batches are loaded.
         requests: what will be asked for, in order.
         depth: batches in flight at most, finished ones included; 0 asks for none ahead.
+        handles: by (epoch, batch), what another has requested and given up (`release`): taken over where it comes next.
     """
 
-    def __init__(self, engine: Engine, requests: Iterator[Request], depth: int) -> None:
+    def __init__(self, engine: Engine, requests: Iterator[Request], depth: int, handles: Handles | None = None) -> None:
         self._engine: Engine | None = engine
         self._requests = requests
         self._depth = depth
+        self._taken_over = handles or {}
         self._ahead: collections.deque[tuple[Request, Any]] = collections.deque()
 
     def start(self) -> None:
         """Requests what comes first."""
         if self._depth:
             self._fill(self._depth)
+        while self._taken_over:
+            self._open().cancel(self._taken_over.popitem()[1])
 
     def take(self) -> Any:
         """The engine's handle of the next batch.
@@ -53,6 +59,11 @@ class ReadAhead:
         handle = self.take()
         return self._open().result(handle)
 
+    @property
+    def next_key(self) -> tuple[int, int] | None:
+        """Epoch and batch of the next one, if it has been requested."""
+        return (self._ahead[0][0].epoch, self._ahead[0][0].batch) if self._ahead else None
+
     def is_ready(self) -> bool:
         """Whether the next batch has been requested and has come."""
         return bool(self._ahead) and self._open().is_ready(self._ahead[0][1])
@@ -63,6 +74,13 @@ class ReadAhead:
         self._cancel()
         if requests:
             self._submit(requests)
+
+    def release(self) -> Handles:
+        """Gives up what has been requested and not taken, for another to take over, and closes."""
+        handles = {(request.epoch, request.batch): handle for request, handle in self._ahead}
+        self._ahead.clear()
+        self.close()
+        return handles
 
     def close(self) -> None:
         """Cancels what has been requested, and lets go of the engine."""
@@ -82,7 +100,14 @@ class ReadAhead:
             self._submit(requests)
 
     def _submit(self, requests: list[Request]) -> None:
-        self._ahead.extend(zip(requests, self._open().submit(requests), strict=True))
+        if not self._taken_over:
+            self._ahead.extend(zip(requests, self._open().submit(requests), strict=True))
+            return
+        handles = [self._taken_over.pop((request.epoch, request.batch), None) for request in requests]
+        new = iter(self._open().submit([r for r, handle in zip(requests, handles, strict=True) if handle is None]))
+        self._ahead.extend(
+            (r, next(new) if handle is None else handle) for r, handle in zip(requests, handles, strict=True)
+        )
 
     def _cancel(self) -> None:
         engine = self._engine

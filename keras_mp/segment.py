@@ -1,4 +1,7 @@
-"""Shared memory for what a dataset reads: filled once by the parent, mapped read-only by every worker."""
+"""Shared memory for what a dataset reads: filled once by the parent, mapped by every worker.
+
+What a worker writes there goes to private copies of the pages it touches; what nobody writes to is in memory once.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,16 @@ import numpy.typing as npt
 
 from keras_mp.arena import create_memory_file, map_file
 
+_PIECE_BYTES = 1 << 18  # compared at once
+
 
 class Segment:
-    """Read-only memory that the parent fills once and every worker maps: the large arrays of a source."""
+    """Memory that the parent fills once and every worker maps: the large arrays of a source."""
 
     def __init__(self, buffers: Sequence[pickle.PickleBuffer], places: Sequence[tuple[int, int]], size: int) -> None:
         self.fd = create_memory_file()
         self.size = size
+        self._view: npt.NDArray[np.uint8] | None = None
         try:
             os.ftruncate(self.fd, size)
             for buffer, (offset, _) in zip(buffers, places, strict=True):
@@ -31,17 +37,27 @@ class Segment:
         """Whether filling a segment with these buffers would give this one's bytes again."""
         if size != self.size or not size:
             return size == self.size
-        memory = map_segment(self.fd, size)
+        if self.fd < 0 or [buffer.raw().nbytes for buffer in buffers] != [length for _, length in places]:
+            return False
+        memory = map_segment(self.fd, size) if self._view is None else self._view
         return all(
-            np.array_equal(memory[offset : offset + length], np.frombuffer(buffer.raw(), dtype=np.uint8))
+            _are_equal(memory[offset : offset + length], np.frombuffer(buffer.raw(), dtype=np.uint8))
             for buffer, (offset, length) in zip(buffers, places, strict=True)
+            if length
         )
+
+    def view(self) -> npt.NDArray[np.uint8]:
+        """The whole as read-only bytes; arrays made of them are known to `holds`, and need no comparison."""
+        if self._view is None:
+            self._view = map_segment(self.fd, self.size)
+        return self._view
 
     def close(self) -> None:
         """Gives up the descriptor; workers keep their mappings."""
         if self.fd >= 0:
             fd, self.fd = self.fd, -1
             os.close(fd)
+        self._view = None
 
     def __del__(self) -> None:
         if getattr(self, "fd", -1) >= 0:  # of a task that nobody closed, or that failed half-way
@@ -51,6 +67,25 @@ class Segment:
 def map_segment(fd: int, size: int) -> npt.NDArray[np.uint8]:
     """A segment as read-only bytes."""
     return map_file(fd, size, access=mmap.ACCESS_READ)
+
+
+def map_privately(fd: int, size: int) -> npt.NDArray[np.uint8]:
+    """A segment as bytes that may be written to, without an effect on anybody else."""
+    try:
+        return map_file(fd, size, access=mmap.ACCESS_COPY)
+    except OSError:  # a system that reserves memory for all that might be written has none left
+        return map_segment(fd, size)
+
+
+def _are_equal(ours: npt.NDArray[np.uint8], theirs: npt.NDArray[np.uint8]) -> bool:
+    if ours.ctypes.data == theirs.ctypes.data:
+        return True
+    whole = ours.nbytes // 8 * 8  # in words, and in pieces whose comparison stays in the cache
+    return np.array_equal(ours[whole:], theirs[whole:]) and all(
+        np.array_equal(ours[start:end].view(np.uint64), theirs[start:end].view(np.uint64))
+        for start in range(0, whole, _PIECE_BYTES)
+        for end in (min(start + _PIECE_BYTES, whole),)
+    )
 
 
 def _write_all(fd: int, data: memoryview, offset: int) -> None:

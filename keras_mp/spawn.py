@@ -1,4 +1,11 @@
-"""Starting one worker process, and ending it: descriptors, environment, exit status. What runs on it is `pool`'s."""
+"""Starting one worker process, and ending it: descriptors, environment, exit status. What runs on it is `pool`'s.
+
+A worker leads a process group of its own, so that the processes which the user's code starts in it end with it (P4):
+whoever kills a worker, parent or kernel, kills its group. A child that was put in a session or group of its own is out
+of reach.
+
+NOTE (process ids): a group is killed before its leader is reaped. Until then its number cannot become anyone else's.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 
@@ -16,6 +24,7 @@ from keras_mp import wire
 from keras_mp.arena import create_memory_file
 from keras_mp.messages import Hello
 
+KILL_GRACE_S = 3.0  # what a killed process gets to be gone: giving back much memory takes a while
 _STDERR_TAIL_BYTES = 8192
 _THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
@@ -53,6 +62,7 @@ class Process:
         hello = Hello([*(p for p in extra_path if p not in sys.path), *sys.path], python_path)
         self.ready = False
         self.started = time.monotonic()
+        self.killed_at: float | None = None
         self._stderr_file = self._lifeline = -1
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as given:
             self.sock, theirs = socket.socketpair()
@@ -71,9 +81,10 @@ class Process:
                 stdin=subprocess.DEVNULL,
                 stderr=self._stderr_file,
                 env=dict(environment),
+                process_group=0,
             )
-            undo.callback(self.reap)
             self.pid = self._popen.pid
+            undo.callback(self.end)
             with contextlib.suppress(OSError):  # it is dead already, and the end of its socket will tell
                 wire.send(self.sock, hello)
             self.sock.setblocking(False)
@@ -102,31 +113,63 @@ class Process:
             return False
         return status is not None and status.si_code == os.CLD_STOPPED
 
-    def has_ended(self, grace_s: float = 0.0) -> bool:
-        """Whether the process ends within `grace_s`. Its socket may stay open without it, or close while it lives."""
+    def has_ended(self) -> bool:
+        """Whether the process has ended. Its socket may stay open without it, or close while it lives."""
+        if self._popen.returncode is not None:
+            return True
+        if not hasattr(os, "waitid"):
+            return self._popen.poll() is not None
         try:
-            self._popen.wait(timeout=grace_s)
-        except subprocess.TimeoutExpired:
-            return False
+            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        except ChildProcessError:  # the program has its children reaped by the system (SIGCHLD is ignored)
+            return True
+
+    def ends_by(self, deadline: float) -> bool:
+        """Waits until the process has ended; whether it has by `deadline`, a time of `time.monotonic`."""
+        pause_s = 0.0005
+        while not self.has_ended():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            time.sleep(min(pause_s, left))
+            pause_s = min(2 * pause_s, 0.05)
         return True
 
     def kill(self) -> None:
-        """SIGKILL; the socket's end is what tells the pool."""
-        self._popen.kill()
+        """SIGKILL for the process and its children; the socket's end is what tells the pool."""
+        if self.killed_at is None:
+            self.killed_at = time.monotonic()
+        if self._popen.returncode is None:
+            self._kill_group()
 
     def hang_up(self) -> None:
         """Closes the socket: an idle worker ends by itself."""
         self.sock.close()
 
-    def reap(self, grace_s: float = 0.0) -> str:
-        """Makes sure that the process is gone, after `grace_s` by force; returns how it ended."""
-        try:
-            code = self._popen.wait(timeout=grace_s)
-        except subprocess.TimeoutExpired:
-            self._popen.kill()
-            code = self._popen.wait()
+    def settle(self) -> str:
+        """Lets go of a process that has ended, and of what it left running; returns how it ended.
+
+        One that even SIGKILL does not end, say as it waits for a file system that hangs, is left to itself.
+        """
+        ended = self.has_ended()
+        if ended:
+            self._kill_group()
+            self._popen.wait()
+        else:
+            with contextlib.suppress(RuntimeError):  # no thread is to be had: it will stay as a zombie
+                threading.Thread(target=self._popen.wait, daemon=True, name="keras_mp-unkillable").start()
         self.abandon()
-        return describe_exit(code)
+        return f"ended with {describe_exit(self._popen.returncode)}" if ended else "did not end"
+
+    def end(self) -> None:
+        """Kills the process, and waits for its end as long as that makes sense."""
+        self.kill()
+        self.ends_by(time.monotonic() + KILL_GRACE_S)
+        self.settle()
+
+    def _kill_group(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # none of them lives (macOS: all are zombies)
+            os.killpg(self.pid, signal.SIGKILL)
 
     @property
     def exit_code(self) -> int | None:

@@ -45,7 +45,8 @@ class Starts:
         if seat.process.exit_code in INNOCENT_EXITS and not timed_out:
             hopeless = now - self._failing_since > _PATIENCE_S
         else:
-            hopeless = (seat.process.exit_code or 0) >= 0 or timed_out or self._failed >= _TRIES
+            # 0 is all that is known of an end where the program has the system reap its children (SIGCHLD ignored).
+            hopeless = (seat.process.exit_code or 0) > 0 or timed_out or self._failed >= _TRIES
         if hopeless:
             self._failed = 0
             self.pause()

@@ -5,21 +5,22 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import pathlib
 import pickle
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from keras_mp import wire
 from keras_mp.arena import NOT_STARTED, Arena, Lease
-from keras_mp.errors import KerasMPError, PoolClosed
-from keras_mp.loading import Loaded, Loader, Request
+from keras_mp.errors import KerasMPError, PoolClosed, SampleFailure
+from keras_mp.loading import Loaded, Loader, Request, SampleLoader
 from keras_mp.messages import Done, Failed, Load, error_of
-from keras_mp.segment import Segment, map_segment
+from keras_mp.segment import Segment
 
 # Buffers from this size on are kept apart, so that an epoch that changes only an index array does not copy the images.
 _LARGE_BYTES = 1 << 20
@@ -30,6 +31,8 @@ _SHORT_LOAD_S, _SHORT_BUNDLE = 0.002, 4
 # And of these one worker makes more than a consumer can take, so that it costs nothing to leave the others idle.
 _TINY_LOAD_S, _TINY_BUNDLE = 0.00015, 8
 _BUNDLE_BYTES = 1 << 20  # as one batch that is kept keeps the slot of them all
+
+_PLAIN_TYPES = (str, bytes, int, float, type(pathlib.Path()))  # whose repr runs no code of the user's
 
 _numbers = itertools.count()
 
@@ -52,10 +55,23 @@ class Task:
         self._small: Segment | None = None
         self._message: Load | None = None
         self._retired: list[Segment] = []
+        # What tells a sample by its position, without the source's arrays; None where no sample may be left out.
+        self._indexer: SampleLoader | None = None
+        self._stage = "source"
+        if isinstance(loader, SampleLoader) and loader.on_error != "raise":
+            names = loader.source if type(loader.source) in (list, tuple) else range(len(loader.source))
+            self._indexer = SampleLoader(names, seed=loader.seed)
+            self._stage = "source" if loader.transform is None else "transform"
         self.update(loader)
 
-    def update(self, loader: Loader) -> None:
+    def update(self, loader: Loader) -> bool:
         """Packs a new state of the loader; large arrays that have not changed stay where they are.
+
+        Where nothing has changed it costs the pickling, and a comparison: a tenth of a second for 1 GiB of arrays, and
+        none for what the loader has as a `shared_view`.
+
+        Returns:
+            Whether anything has changed since the last time.
 
         Raises:
             KerasMPError: something in it cannot be pickled.
@@ -72,9 +88,23 @@ class Task:
         small = [pickle.PickleBuffer(body)] + [buffer for buffer, big in zip(buffers, is_large, strict=True) if not big]
         small_places, small_size = wire.place_buffers(small)
         large_places, large_size = wire.place_buffers(large)
-        before, segment = self._large, None
+        message = Load(
+            task=self.number,
+            version=self.version,
+            pickle=small_places[0],
+            small=small_places[1:],
+            large=large_places,
+            order=is_large,
+            sizes=(small_size, large_size),
+        )
+        addresses = [np.frombuffer(buffer.raw(), np.uint8).ctypes.data for buffer in large]
+        before, small_before, segment = self._large, self._small, None
+        same_large = before is not None and before.holds(large, large_places, large_size)
+        if same_large and small_before is not None and message == self._message:
+            if small_before.holds(small, small_places, small_size):
+                return False
         try:
-            if before is None or not before.holds(large, large_places, large_size):
+            if not same_large:
                 segment = Segment(large, large_places, large_size)
             small_segment = Segment(small, small_places, small_size)
         except OSError as error:
@@ -88,19 +118,11 @@ class Task:
             self._retired += [old for old in (self._small, before if segment else None) if old is not None]
             self._small, self._large = small_segment, segment or before
             self.version += 1
-            addresses = [np.frombuffer(buffer.raw(), np.uint8).ctypes.data for buffer in large]
             self._large_places = dict(zip(addresses, large_places, strict=True))
-            self._message = Load(
-                task=self.number,
-                version=self.version,
-                pickle=small_places[0],
-                small=small_places[1:],
-                large=large_places,
-                order=is_large,
-                sizes=(small_size, large_size),
-            )
-            if self.closed:
-                self._close_segments()
+            self._message = dataclasses.replace(message, version=self.version)
+        if self.closed:
+            self.close()
+        return True
 
     def load_message(self) -> tuple[Load, list[int]]:
         """The message that gives a worker this task, and the descriptors that go with it, valid until the next call.
@@ -111,9 +133,13 @@ class Task:
         with self._lock:
             while self._retired:
                 self._retired.pop().close()
-            if self._message is None or self._small is None or self._large is None:
-                raise PoolClosed("the dataset has been closed")
-            return self._message, [self._small.fd, self._large.fd]
+            found = self._message, self._small, self._large
+        if self.closed:
+            self.close()
+        message, small, large = found
+        if self.closed or message is None or small is None or large is None:
+            raise PoolClosed("the dataset has been closed")
+        return message, [small.fd, large.fd]
 
     def shared_view(self, array: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
         """A large array of the loader's as it lies in shared memory, read-only; None if it does not lie there whole.
@@ -123,8 +149,36 @@ class Task:
         place = self._large_places.get(array.ctypes.data)
         if place is None or place[1] != array.nbytes or not array.flags.c_contiguous or self._large is None:
             return None
-        memory = map_segment(self._large.fd, self._large.size)
+        memory = self._large.view()
         return np.ndarray(array.shape, array.dtype, buffer=memory[place[0] : place[0] + place[1]].data)
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether a batch may be made without a sample that fails."""
+        return self._indexer is not None
+
+    def sample_at(self, request: Request, position: int) -> int | None:
+        """Source index of a request's sample, or None if it cannot be told."""
+        if position < len(request.samples):
+            return int(request.samples[position])
+        return None if self._indexer is None else self._indexer.index_at(request, position)
+
+    def failed_sample(self, request: Request, position: int, kind: str, message: str) -> SampleFailure:
+        """The record of a sample that no worker survives, or that none has the time for."""
+        index = self.sample_at(request, position)
+        names = () if self._indexer is None or isinstance(self._indexer.source, range) else self._indexer.source
+        item = names[index] if index is not None and index < len(names) else None
+        return SampleFailure(
+            stage=self._stage,
+            index=index,
+            item=wire.short_repr(item) if _is_plain(item) else "not read",
+            epoch=request.epoch,
+            batch=request.batch,
+            type=kind,
+            message=message,
+            traceback="(none: the worker was ended; what compiled code said of a crash is on stderr)\n",
+            where="the training process",
+        )
 
     @property
     def depth(self) -> int:
@@ -150,12 +204,18 @@ class Task:
         self._batch_bytes = nbytes
 
     def close(self) -> None:
-        """Gives up segments and slots; batches that the consumer holds stay valid."""
-        with self._lock:
-            if not self.closed:
-                self.closed, self.closed_at = True, time.monotonic()
-            self.arena.close()
-            self._close_segments()
+        """Gives up segments and slots; batches that the consumer holds stay valid.
+
+        Called by finalisers too, so it waits for no lock: who holds it closes what it finds closed.
+        """
+        if not self.closed:
+            self.closed, self.closed_at = True, time.monotonic()
+        self.arena.close()
+        if self._lock.acquire(blocking=False):
+            try:
+                self._close_segments()
+            finally:
+                self._lock.release()
 
     def _close_segments(self) -> None:
         for segment in (self._small, self._large, *self._retired):
@@ -177,10 +237,7 @@ class Job:
         self.alone = False  # never in a bundle again, as something went wrong in one
         self.by_socket = False  # as the slot that it was built in could not be mapped
         self.done = False
-        self.faults: list[str] = []  # what became of the workers that had it
-        self.crashes = 0
-        self.timeouts = 0
-        self.unstarted = 0  # workers that ended with no sign that this batch was the cause
+        self.faults: list[Fault] = []  # what became of the workers that had it
         self._latch = threading.Lock()
         self._latch.acquire()
         self._reply: Done | Failed | None = None
@@ -227,6 +284,8 @@ class Job:
             raise error_of(reply)
         if reply is None:
             raise PoolClosed("this batch has been taken already")
+        if lease is not None:
+            lease.slot.in_flight = False
         if reply.buffers and isinstance(reply.buffers[0], bytes):
             # Writable, like every other batch.
             own = [bytearray(data) for data in reply.buffers if isinstance(data, bytes)]
@@ -250,11 +309,21 @@ class Job:
                 "Return arrays, or objects of classes that this process can import too."
             ) from error
 
-    def sample_in_progress(self) -> int | None:
-        """Source index of the sample that the worker was at, or None if it had not started on this batch."""
+    def position(self) -> int:
+        """Position of the sample that the worker is at, `NOT_STARTED` or `SAMPLES_DONE`."""
         place, position = (0, NOT_STARTED) if self.lease is None else self.lease.progress()
-        begun = place == self.place and 0 <= position < len(self.request.samples)
-        return int(self.request.samples[position]) if begun else None
+        return position if place == self.place else NOT_STARTED
+
+    def sample_since(self) -> float:
+        """When that sample began, in seconds of `time.monotonic`."""
+        return 0.0 if self.lease is None else self.lease.sample_since()
+
+    def leave_out(self, position: int, kind: str, faults: Sequence[str]) -> None:
+        """Goes on without a sample, which is listed as failed."""
+        how = "took too long in a worker" if kind == "BatchTimeout" else "ended its worker"
+        message = f"{how} {len(faults)} times: {'; '.join(faults)}"
+        failure = self.task.failed_sample(self.request, position, kind, message)
+        self.request = self.request._replace(failed=(*self.request.failed, (position, failure)))
 
     @property
     def is_finished(self) -> bool:
@@ -265,6 +334,24 @@ class Job:
     def name(self) -> str:
         """The batch, in words."""
         return f"batch {self.request.batch} of epoch {self.request.epoch}"
+
+
+class Fault(NamedTuple):
+    """The end of a worker that was at a batch.
+
+    Attributes:
+        kind: "WorkerCrashed", "BatchTimeout", or "unstarted" where nothing shows that the batch was the cause.
+        position: of the sample that is blamed; None: the batch as a whole.
+        text: what happened.
+    """
+
+    kind: str
+    position: int | None
+    text: str
+
+
+def _is_plain(item: Any) -> bool:
+    return type(item) in _PLAIN_TYPES or (type(item) in (tuple, list) and all(map(_is_plain, item)))
 
 
 @dataclasses.dataclass

@@ -10,6 +10,7 @@ never as its bytes.
 from __future__ import annotations
 
 import array
+import collections
 import io
 import math
 import os
@@ -213,6 +214,73 @@ def _exactly(sock: socket.socket, count: int) -> bytes | None:
         parts.append(part)
         got += len(part)
     return b"".join(parts)
+
+
+class FrameWriter:
+    """Puts frames on a non-blocking socket. What there is no room for waits here: a peer that sleeps blocks nobody.
+
+    Not thread-safe.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._waiting: collections.deque[tuple[memoryview, list[int]]] = collections.deque()
+
+    def send(self, message: Any, fds: Sequence[int] = ()) -> bool:
+        """Sends one frame; `fds` travel with its length prefix, and may be closed afterwards.
+
+        Returns:
+            Whether all has been sent; else call `flush` when there is room.
+
+        Raises:
+            OSError: the peer is gone.
+        """
+        data, owed = memoryview(frame(message)), list(fds)
+        if not self._waiting:
+            data, owed = self._push(data, owed)
+        if data:
+            self._waiting.append((data, [os.dup(fd) for fd in owed]))
+        return not data
+
+    def flush(self) -> bool:
+        """Sends what is waiting, as far as there is room; whether nothing is left.
+
+        Raises:
+            OSError: the peer is gone.
+        """
+        while self._waiting:
+            data, fds = self._waiting[0]
+            data, owed = self._push(data, fds)
+            if not owed:
+                _close(fds)
+            if data:
+                self._waiting[0] = data, owed
+                return False
+            self._waiting.popleft()
+        return True
+
+    def close(self) -> None:
+        """Gives up what is waiting."""
+        while self._waiting:
+            _close(self._waiting.popleft()[1])
+
+    def _push(self, data: memoryview, fds: list[int]) -> tuple[memoryview, list[int]]:
+        """Sends what there is room for; what is left of the data, and the descriptors if they are still owed."""
+        try:
+            if fds:
+                ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+                data = data[self._sock.sendmsg([data[: _LENGTH.size]], ancillary, _NO_SIGNAL) :]
+                fds = []
+            while data:
+                data = data[self._sock.send(data, _NO_SIGNAL) :]
+        except BlockingIOError:
+            pass
+        return data, fds
+
+
+def _close(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 class FrameReader:

@@ -28,7 +28,7 @@ from keras_mp.arena import SlotMemory
 from keras_mp.collate import allocating
 from keras_mp.loading import Loaded, Loader, Request, ignore_position
 from keras_mp.messages import EXIT_NO_DESCRIPTOR, Done, Failed, Forget, Hello, Load, Reply, Run, failed_batch
-from keras_mp.segment import map_segment
+from keras_mp.segment import map_privately
 
 # Frames longer than this go through the slot: the parent reads many workers' sockets, and a pickle in shared memory
 # costs it nothing until the batch is wanted.
@@ -41,14 +41,19 @@ _LONGEST_RUN_S = 0.01
 
 
 class _Memory:
-    """Where this batch's arrays go: the slot while it can grow, ordinary memory once that is refused."""
+    """Where this batch's arrays go: the slot while it can grow, ordinary memory once that is refused.
 
-    def __init__(self, slot: SlotMemory | None) -> None:
+    Ordinary memory too for code that keeps its batches: what it keeps would be overwritten, or would be written to when
+    the batch is in the training process.
+    """
+
+    def __init__(self, slot: SlotMemory | None, batches_are_kept: bool = False) -> None:
         self.slot = slot
         self.refused = ""
+        self.batches_are_kept = batches_are_kept
 
     def allocate(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        if self.slot is not None and not self.refused:
+        if self.slot is not None and not self.refused and not self.batches_are_kept:
             try:
                 return self.slot.empty(shape, dtype)
             except OSError as error:
@@ -63,6 +68,7 @@ class Worker:
         self._sock = sock
         self._loaders: dict[int, Loader | BaseException] = {}
         self._slots: dict[tuple[int, int], SlotMemory] = {}
+        self._keeping: set[int] = set()  # tasks whose code has kept an array in a slot beyond its batch
 
     def serve(self) -> None:
         """Answers requests until the parent closes the socket."""
@@ -91,6 +97,7 @@ class Worker:
     def _forget(self, message: Forget) -> None:
         if message.slots is None:
             self._loaders.pop(message.task, None)
+            self._keeping.discard(message.task)
         gone = [k for k in self._slots if k[0] == message.task and (message.slots is None or k[1] in message.slots)]
         for key in gone:
             self._slots.pop(key).close()
@@ -99,18 +106,24 @@ class Worker:
         slot = None if run.slot_size is None else self._slots[run.task, run.slot]
         started = time.perf_counter()
         batches: list[Done | Failed] = []
+        slot_is_held = False
         try:
-            memory, requests = _begin(run, slot)
+            memory, requests = _begin(run, slot, run.task in self._keeping)
         except BaseException as error:
             return Reply(run.number, [failed_batch(error)], None)
         for request in requests:
             begun = time.perf_counter()
             if batches and begun - started > _LONGEST_RUN_S:
                 break
-            batches.append(self._load(run.task, request, memory, begun))
+            batch = self._load(run.task, request, memory, begun)
+            if memory.slot is not None and memory.slot.is_held:
+                self._keeping.add(run.task)
+                memory.batches_are_kept = slot_is_held = True
+                batch = _moved(batch, memory.slot)
+            batches.append(batch)
             if slot is not None:
                 slot.note_batch(len(batches))
-        return Reply(run.number, batches, None if memory.slot is None else memory.slot.size)
+        return Reply(run.number, batches, None if memory.slot is None else memory.slot.size, slot_is_held)
 
     def _load(self, task: int, request: Request, memory: _Memory, begun: float) -> Done | Failed:
         try:
@@ -128,13 +141,13 @@ class Worker:
             return failed_batch(error, request, "result")
 
 
-def _begin(run: Run, slot: SlotMemory | None) -> tuple[_Memory, list[Request]]:
+def _begin(run: Run, slot: SlotMemory | None, batches_are_kept: bool) -> tuple[_Memory, list[Request]]:
     requests = run.requests
     if isinstance(requests, int):
         if slot is None:
             raise RuntimeError("requests in a slot came without the slot")
         requests = pickle.loads(slot.read(requests))
-    memory = _Memory(slot)
+    memory = _Memory(slot, batches_are_kept)
     if slot is not None and run.slot_size is not None:
         try:
             slot.begin(run.slot_size)
@@ -151,9 +164,12 @@ def _check_received(complete: bool) -> None:
 
 
 def _unpack(message: Load, fds: list[int]) -> Loader | BaseException:
-    """The loader, its large arrays standing on shared read-only memory; or why it cannot be had, kept for requests."""
+    """The loader, its arrays standing on shared memory; or why it cannot be had, kept for requests.
+
+    User code may write to them, and changes pages of its own then.
+    """
     try:
-        small, large = (map_segment(fd, size) if size else None for fd, size in zip(fds, message.sizes, strict=True))
+        small, large = (map_privately(fd, size) if size else None for fd, size in zip(fds, message.sizes, strict=True))
         places = {False: iter(message.small), True: iter(message.large)}
         buffers = []
         for is_large in message.order:
@@ -188,15 +204,27 @@ def _encode(loaded: Loaded, memory: _Memory, begun: float) -> Done:
     return Done(header, payload, loaded.failures, time.perf_counter() - begun, memory.refused or "no slot")
 
 
-def die_with_parent(lifeline: int) -> None:
-    """Ends this process when the parent's end of the pipe `lifeline` closes, whatever this process is doing.
+def _moved(batch: Done | Failed, slot: SlotMemory) -> Done | Failed:
+    """The batch at places of its own, apart from the arrays in the slot that user code has kept."""
+    if isinstance(batch, Failed):
+        return batch
+    places = [place for place in batch.buffers if isinstance(place, tuple)]
+    try:
+        return batch._replace(buffers=[slot.copy(place) for place in places]) if places else batch
+    except OSError as error:
+        header = batch.header if isinstance(batch.header, bytes) else slot.bytes_at(batch.header)
+        return batch._replace(header=header, buffers=[slot.bytes_at(place) for place in places], refused=str(error))
 
-    On Linux the kernel is asked to send SIGKILL for it, which reaches a process that is stopped, or that holds the GIL
-    in C code. (Not PR_SET_PDEATHSIG: that fires when the *thread* that started the process ends.) Elsewhere a thread
-    watches.
+
+def die_with_parent(lifeline: int) -> None:
+    """Ends this process and its children when the parent's end of the pipe `lifeline` closes, whatever they are doing.
+
+    On Linux the kernel is asked to send SIGKILL for it to the process group, which this process leads. That reaches a
+    process that is stopped, or that holds the GIL in C code. (Not PR_SET_PDEATHSIG: that fires when the *thread* that
+    started the process ends.) Elsewhere a thread watches.
     """
     if hasattr(fcntl, "F_SETSIG"):
-        fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
         fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
         fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC | os.O_NONBLOCK)
         try:
@@ -208,7 +236,7 @@ def die_with_parent(lifeline: int) -> None:
 
     def watch() -> None:
         os.read(lifeline, 1)
-        os._exit(1)
+        os.killpg(os.getpgrp(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True, name="keras_mp-lifeline").start()
 
@@ -216,6 +244,7 @@ def die_with_parent(lifeline: int) -> None:
 def main(arguments: list[str]) -> None:
     """Runs the worker; `arguments` are the descriptors of socket, lifeline and the parent's stderr."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # stty tostop: it would stop who writes from the background
     sock_fd, lifeline, stderr = map(int, arguments)
     die_with_parent(lifeline)
     sock = socket.socket(fileno=sock_fd)

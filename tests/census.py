@@ -18,6 +18,8 @@ import psutil
 # Every process that a test starts inherits this, so its orphans are found too, whoever adopted them.
 _MARK = "KERAS_MP_TEST_RUN"
 os.environ.setdefault(_MARK, uuid.uuid4().hex)
+if not os.environ[_MARK].endswith(_own := os.environ.get("PYTEST_XDIST_WORKER", "")):
+    os.environ[_MARK] += _own  # tests that run side by side are none of each other's
 
 _DESCRIPTOR_KINDS = ("socket:", "pipe:", "/memfd:keras_mp", "anon_inode:[eventpoll]")
 _DEADLINE_S = 10.0
@@ -75,6 +77,14 @@ def worker_pids() -> list[int]:
         except psutil.Error:  # gone, or a zombie
             continue
     return found
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process has ended; a zombie has, though whoever adopted it may not reap it."""
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _processes(found: Census, known: Census) -> None:

@@ -227,7 +227,8 @@ class Chaos(threading.Thread):
 def _may_be_hit(seat: Any) -> bool:
     if seat.ended_for or seat.broken or seat.stopped_since is not None:
         return False
-    return all(not job.crashes and not job.timeouts and job.unstarted < 2 for job in seat.jobs)
+    faults = [fault for job in seat.jobs for fault in job.faults]
+    return all(fault.kind == "unstarted" for fault in faults) and len(faults) < 2
 
 
 def _make_model() -> Any:

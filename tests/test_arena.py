@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keras_mp import arena, wire
-from keras_mp.arena import CONTROL_BYTES, NOT_STARTED, Arena, Slot, SlotMemory
+from keras_mp.arena import CONTROL_BYTES, NOT_STARTED, Arena, Lease, Slot, SlotMemory
 from keras_mp.segment import Segment, map_segment
 
 Array = npt.NDArray[Any]
@@ -270,18 +270,72 @@ def test_slots_are_reused_the_warmest_first(slots: Arena) -> None:
     assert len(slots.slots) == 2
 
 
-def test_trim_gives_memory_back_after_a_burst(slots: Arena) -> None:
-    leases = [slots.acquire() for _ in range(40)]
+def _lease(slots: Arena, size: int = 0) -> Lease:
+    """A lease on a slot of some size whose batch the consumer has taken."""
+    lease = slots.acquire()
+    _grow(lease.slot, size)
+    lease.slot.in_flight = False
+    return lease
+
+
+def _grow(slot: Slot, size: int) -> None:
+    """Makes a slot larger, as a worker does; nothing is written there."""
+    if size > slot.size:
+        os.ftruncate(slot.fd, size)
+        slot.size = size
+
+
+@pytest.mark.parametrize(("size", "most"), [(0, 1 + 2 * 2 + 4 + 8), (100 << 20, 1 + 2 * 2 + 4)])
+def test_trim_gives_memory_back_after_a_burst(slots: Arena, size: int, most: int) -> None:
+    leases = [_lease(slots, size) for _ in range(40)]
     assert slots.trim() == []
     assert len({lease.slot.fd for lease in leases}) == 40
     del leases[2:]
     gc.collect()
     dropped = slots.trim()
     assert len(dropped) == len(set(dropped))
-    assert len(slots.slots) == 40 - len(dropped) == 2 + 2 + arena._SPARE_SLOTS
+    assert len(slots.slots) == 40 - len(dropped) == most
     assert not set(dropped) & set(slots.slots)
     assert all(lease.slot.number in slots.slots for lease in leases)
     assert slots.nbytes == sum(slot.size for slot in slots.slots.values())
+    assert slots.trim() == []
+
+
+@pytest.mark.parametrize("in_flight", [1, 3, 10, 40])
+@pytest.mark.parametrize("held", [0, 1, 4])
+def test_steady_state_makes_no_slot_and_keeps_none_it_does_not_need(slots: Arena, in_flight: int, held: int) -> None:
+    """Epochs that begin with nothing, read ahead, and let go of what they hold all at once, or not at all."""
+    made = []
+    for epoch in range(12):
+        reading: list[Lease] = []
+        holding: list[Lease] = []
+        for _ in range(100):
+            reading.append(slots.acquire())
+            _grow(reading[-1].slot, 100 << 20)
+            made += slots.trim()
+            if len(reading) == in_flight:
+                holding.append(reading.pop(0))
+                holding[-1].slot.in_flight = False
+            if len(holding) > held:
+                holding = []
+        assert epoch < 3 or not made, "dropped what was needed again"
+        made.clear()
+        assert len(slots.slots) <= in_flight + held + 1
+        del reading, holding
+
+
+def test_a_retired_slot_is_never_lent_again(slots: Arena, connect: Connect) -> None:
+    lease = slots.acquire()
+    number = lease.slot.number
+    batch = lease.decode(*connect(lease.slot).answer(np.arange(10.0)))
+    slots.retire(lease.slot)
+    assert slots.trim() == [number]
+    assert slots.trim() == []
+    np.testing.assert_array_equal(batch, np.arange(10.0))
+    del lease, batch
+    gc.collect()
+    assert slots.acquire().slot.number != number
+    assert number not in slots.slots
 
 
 def test_no_memory_is_an_os_error_and_leaves_nothing(slots: Arena, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,8 @@ def _submit(client: PoolClient) -> list[Any]:
 @pytest.mark.parametrize("harm", ["kill", "once", "raise", "slow", "stall"])
 @pytest.mark.parametrize("odd", [0, 3, _BATCHES - 1])
 def test_one_odd_batch_leaves_the_others_alone(harm: str, odd: int, pool: keras_mp.WorkerPool, tmp_path: Path) -> None:
-    client = pool.client(BatchLoader(_Batches(tmp_path / "armed", odd, harm)), timeout_s=0.25)
+    timeout_s = 2.0 if harm == "stall" else None
+    client = pool.client(BatchLoader(_Batches(tmp_path / "armed", odd, harm)), timeout_s=timeout_s)
     for _ in range(3):
         for job in _submit(client):
             client.result(job)

@@ -443,3 +443,39 @@ def test_the_length_of_an_epoch_takes_no_memory(exported: bool) -> None:
         assert [int(next(iterator)[0]) for _ in range(20)] == list(range(20))
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
         del iterator
+
+
+# -- changes between epochs ------------------------------------------------------------------------------------------
+
+
+class Curriculum:
+    """A transform whose strength the training process changes."""
+
+    def __init__(self) -> None:
+        self.strength = 1
+
+    def __call__(self, sample: int) -> int:
+        return sample * self.strength
+
+
+def test_what_is_changed_between_epochs_reaches_the_next_one(engine: dict[str, Any]) -> None:
+    transform, source = Curriculum(), np.arange(23)
+    with keras_mp.PoolDataset(list(source), transform, batch_size=4, **engine) as dataset:
+        for strength in (1, 5, 2):
+            transform.strength = strength
+            served = [int(value) for batch in dataset for value in batch]
+            assert served == (source * strength).tolist()
+        for strength in (3, 4):  # as Keras asks
+            transform.strength = strength
+            dataset.on_epoch_begin()
+            served = [int(value) for number in range(dataset.num_batches) for value in dataset[number]]
+            dataset.on_epoch_end()
+            assert served == (source * strength).tolist()
+
+
+def test_a_source_that_is_changed_between_epochs(engine: dict[str, Any]) -> None:
+    source = [1] * 8
+    with keras_mp.PoolDataset(source, batch_size=4, **engine) as dataset:
+        assert [batch.tolist() for batch in dataset] == [[1] * 4] * 2
+        source[5] = 2
+        assert [batch.tolist() for batch in dataset] == [[1] * 4, [1, 2, 1, 1]]

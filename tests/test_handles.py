@@ -13,6 +13,7 @@ import json
 import random
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -124,6 +125,39 @@ def test_outside_of_a_pass_a_number_is_a_batch() -> None:
     assert [dataset[i].tolist() for i in (3, 0, 5, -1)] == [expected[0][i] for i in (3, 0, 5, 5)]
     list(_passes(dataset, _by_epoch, 1))
     assert [dataset[i].tolist() for i in (3, 0, 5)] == [expected[1][i] for i in (3, 0, 5)]
+
+
+def test_looks_one_after_the_other_are_of_the_epoch_that_it_is() -> None:
+    expected = _plain(_dataset(), 3)
+    with _dataset(workers=2) as dataset:
+        assert [dataset[i].tolist() for i in (0, 1)] == expected[0][:2]
+        list(dataset)
+        assert [dataset[i].tolist() for i in (2, 3, 4)] == expected[1][2:5]
+        dataset.set_epoch(2)
+        assert dataset[5].tolist() == expected[2][5]
+        assert [dataset[i].tolist() for i in range(_BATCHES)] == expected[2]
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_what_was_loaded_ahead_of_a_pass_is_used_unless_something_has_changed(changed: bool, tmp_path: Path) -> None:
+    class Logged:
+        factor = 1
+
+        def __call__(self, sample: int) -> int:
+            with open(tmp_path / "loaded", "a") as file:
+                file.write(f"{sample} ")
+            return sample * self.factor
+
+    transform = Logged()
+    with _dataset(workers=1, shuffle=False, batch_size=1, transform=transform, max_queue_size=4, seed=1) as dataset:
+        dataset[0], dataset[1]  # as Keras looks on TensorFlow
+        if changed:
+            transform.factor = 2
+        served = list(_passes(dataset, _in_order, 1))
+        assert served == [[[sample * transform.factor] for sample in range(_SAMPLES)]]
+    loaded = [int(sample) for sample in (tmp_path / "loaded").read_text().split()]
+    if not changed:
+        assert sorted(loaded) == sorted([0, 1, *range(_SAMPLES)])
 
 
 def test_a_pass_that_is_given_up_leaves_its_epoch_to_the_next() -> None:

@@ -280,6 +280,32 @@ def test_a_memmap_is_opened_again_in_the_workers(pool: keras_mp.WorkerPool, tmp_
     assert all(batch["mapped"].all() for batch in batches)
 
 
+class _Buffered:
+    """Batches built in buffers of its own, from arrays of its own that it changes on the way."""
+
+    def __init__(self, rows: int) -> None:
+        self.data = np.ones((4, rows))
+        self.buffer = np.empty((2, rows))
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Any:
+        self.buffer[...] = self.data[index] * index
+        self.data[index] = 1
+        return self.buffer
+
+
+@pytest.mark.parametrize("rows", [10, 300_000])
+def test_code_may_write_to_what_it_holds(rows: int, pool: keras_mp.WorkerPool) -> None:
+    source = _Buffered(rows)
+    with keras_mp.parallelize(source, pool=pool) as dataset:
+        for _ in range(2):
+            for number, batch in enumerate(dataset):
+                assert (batch == number).all()
+    source.data[...] = 7  # nobody else's copy
+
+
 def test_workers_cannot_change_the_source(pool: keras_mp.WorkerPool) -> None:
     def scribble(row: Any) -> Any:
         row += 1

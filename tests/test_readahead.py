@@ -1,16 +1,21 @@
-"""Reading ahead: a right guess saves time, a wrong one costs time and nothing else (P1, P2)."""
+"""Reading ahead: a window that slides along a sequence of requests."""
 
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import keras_mp
 from keras_mp.loading import Loaded, Loader, Request
-from keras_mp.readahead import Key, ReadAhead
+from keras_mp.readahead import ReadAhead
+
+Key = tuple[int, int]
 
 
 class _Engine:
@@ -52,48 +57,37 @@ class _Engine:
         raise NotImplementedError
 
 
-def _request(epoch: int, batch: int) -> Request:
-    return Request(epoch, batch, [batch])
+def _requests(*batches: int) -> Iterator[Request]:
+    return (Request(0, batch, [batch]) for batch in batches)
 
 
-def _plan(*batches: int, epoch: int = 0) -> Iterator[Key]:
-    return iter([(epoch, batch) for batch in batches])
+def _keys(*batches: int) -> list[Key]:
+    return [(0, batch) for batch in batches]
 
 
-def test_reads_ahead_along_the_plan_up_to_the_depth() -> None:
+def test_reads_ahead_up_to_the_depth() -> None:
     engine = _Engine()
-    ahead = ReadAhead(engine, _request, 3, _plan(*range(10)))
-    ahead._fill()
-    assert engine.submitted == [(0, 0), (0, 1), (0, 2)]
+    ahead = ReadAhead(engine, _requests(*range(10)), 3)
+    assert engine.submitted == []
+    ahead.start()
+    assert engine.submitted == _keys(0, 1, 2)
+    assert ahead.is_ready()
     for batch in range(10):
-        assert ahead.get((0, batch)).batch == (0, batch)
+        assert ahead.next().batch == (0, batch)
         assert len(engine.pending) <= 3
-    assert engine.submitted == [(0, batch) for batch in range(10)]
+    assert engine.submitted == _keys(*range(10))
     assert not engine.cancelled
-
-
-def test_what_is_expected_is_requested_once() -> None:
-    engine = _Engine()
-    ahead = ReadAhead(engine, _request, 3)
-    ahead.expect(_plan(2, 0, 1, 3))
-    assert engine.submitted == [(0, 2), (0, 0), (0, 1)]
-    assert ahead.get((0, 2), _plan(0, 1, 3)).batch == (0, 2)
-    assert ahead.is_ready((0, 0))
-    assert not ahead.is_ready((0, 4))
-    for batch in (0, 1, 3):
-        assert ahead.get((0, batch)).batch == (0, batch)
-    assert sorted(engine.submitted) == [(0, 0), (0, 1), (0, 2), (0, 3)]
-    assert not engine.cancelled
+    assert not ahead.is_ready()
 
 
 def test_small_batches_are_requested_several_at_a_time() -> None:
     engine = _Engine()
     engine.bundle_size = 4
-    ahead = ReadAhead(engine, _request, 10, _plan(*range(100)))
-    ahead._fill()
+    ahead = ReadAhead(engine, _requests(*range(100)), 10)
+    ahead.start()
     pending = [10]
-    for batch in range(60):
-        ahead.get((0, batch))
+    for _ in range(60):
+        ahead.next()
         pending.append(len(engine.pending))
     assert pending[:9] == [10, 9, 8, 7, 10, 9, 8, 7, 10]
     assert min(pending) == 7
@@ -101,80 +95,57 @@ def test_small_batches_are_requested_several_at_a_time() -> None:
 
 def test_depth_0_reads_nothing_ahead() -> None:
     engine = _Engine()
-    ahead = ReadAhead(engine, _request, 0, _plan(*range(10)))
-    assert ahead.get((0, 5)).batch == (0, 5)
-    assert engine.submitted == [(0, 5)]
+    ahead = ReadAhead(engine, _requests(*range(10)), 0)
+    ahead.start()
+    assert not engine.submitted
+    assert ahead.next().batch == (0, 0)
+    assert engine.submitted == _keys(0)
 
 
-def test_an_endless_plan_is_read_as_far_as_needed() -> None:
+def test_an_endless_sequence_is_read_as_far_as_needed() -> None:
     engine = _Engine()
-    ahead = ReadAhead(engine, _request, 2, ((epoch, 0) for epoch in itertools.count()))
-    assert ahead.get((0, 0)).batch == (0, 0)
-    assert engine.pending == [(1, 0), (2, 0)]
+    ahead = ReadAhead(engine, (Request(0, batch, [batch]) for batch in itertools.count()), 2)
+    assert ahead.next().batch == (0, 0)
+    assert engine.pending == _keys(1, 2)
 
 
-def test_no_batch_of_the_plan_is_requested_twice() -> None:
+def test_what_has_been_requested_is_requested_anew() -> None:
     engine = _Engine()
-    ahead = ReadAhead(engine, _request, 3, _plan(*range(5)))
-    for batch in range(5):
-        ahead.get((0, batch))
-    assert engine.submitted == [(0, batch) for batch in range(5)]
+    ahead = ReadAhead(engine, _requests(*range(6)), 3)
+    ahead.next()
+    ahead.renew()
+    assert engine.cancelled == _keys(1, 2, 3)
+    assert engine.pending == _keys(1, 2, 3)
+    assert [ahead.next().batch for _ in range(5)] == _keys(1, 2, 3, 4, 5)
+
+
+def test_close_cancels_everything_and_lets_go_of_the_engine() -> None:
+    engine = _Engine()
+    ahead = ReadAhead(engine, _requests(*range(20)), 4)
+    ahead.next()
+    alive = weakref.ref(engine)
+    ahead.close()
+    ahead.close()
     assert not engine.pending
+    with pytest.raises(keras_mp.PoolClosed):
+        ahead.next()
+    del engine
+    assert alive() is None
 
 
-def test_a_new_plan_uses_what_was_requested_along_the_old_one() -> None:
+@given(st.integers(0, 5), st.integers(1, 6), st.lists(st.sampled_from(["next", "renew"]), max_size=25))
+def test_whatever_is_renewed_each_batch_comes_once_in_order(depth: int, bundle: int, steps: list[str]) -> None:  # P1
     engine = _Engine()
-    ahead = ReadAhead(engine, _request, 3)
-    ahead.get((0, 0), _plan(1, 2, 3, 4))
-    ahead.get((0, 3), _plan(2, 1, 0))
-    assert engine.submitted == [(0, 0), (0, 1), (0, 2), (0, 3), (0, 0)]
-    assert [ahead.get((0, batch)).batch for batch in (2, 1, 0)] == [(0, 2), (0, 1), (0, 0)]
-    assert engine.submitted == [(0, 0), (0, 1), (0, 2), (0, 3), (0, 0)]
-
-
-def test_what_two_plans_ago_was_requested_is_cancelled() -> None:
-    engine = _Engine()
-    ahead = ReadAhead(engine, _request, 2)
-    ahead.get((0, 0), _plan(1, 2))
-    ahead.get((0, 5), _plan(6, 7))
-    ahead.get((0, 8), _plan(9))
-    assert sorted(engine.cancelled) == [(0, 1), (0, 2)]
-
-
-def test_drop_cancels_everything_and_forgets_the_plan() -> None:
-    engine = _Engine()
-    ahead = ReadAhead(engine, _request, 4, _plan(*range(20)))
-    ahead.get((0, 0))
-    ahead.get((0, 9), _plan(10, 11))
-    ahead.drop()
-    assert not engine.pending
-    before = len(engine.submitted)
-    ahead._fill()
-    assert len(engine.submitted) == before
-    assert ahead.get((1, 0)).batch == (1, 0)
-
-
-@given(
-    st.integers(0, 5),
-    st.lists(
-        st.one_of(
-            st.tuples(st.just("get"), st.integers(0, 6), st.none() | st.lists(st.integers(0, 6), max_size=8)),
-            st.tuples(st.just("drop"), st.just(0), st.none()),
-        ),
-        max_size=25,
-    ),
-)
-def test_whatever_the_plan_each_batch_is_the_one_asked_for(
-    depth: int, steps: list[tuple[str, int, list[int] | None]]
-) -> None:  # P1
-    engine = _Engine()
-    ahead = ReadAhead(engine, _request, depth)
-    for step, batch, plan in steps:
-        if step == "drop":
-            ahead.drop()
-            assert not engine.pending
+    engine.bundle_size = bundle
+    ahead = ReadAhead(engine, _requests(*range(25)), depth)
+    ahead.start()
+    served = []
+    for step in steps:
+        if step == "renew":
+            ahead.renew()
         else:
-            assert ahead.get((0, batch), None if plan is None else _plan(*plan)).batch == (0, batch)
-            assert len(engine.pending) <= 2 * depth  # those of the plan, and those of the plan before it
-    ahead.drop()
+            served.append(ahead.next().batch)
+        assert len(engine.pending) <= depth
+    assert served == _keys(*range(len(served)))
+    ahead.close()
     assert not engine.pending

@@ -26,7 +26,12 @@ _ENDINGS = {"exit": "exit code 3", "SIGSEGV": "signal SIGSEGV", "SIGKILL": "sign
 _STALLS = ["SIGSTOP", "hang"]
 _RAISES = ["raise", "memory"]
 _TIMEOUT_S = 2.0
-_AT = {"unpickle": "before its first sample", "load": "at sample 13", "write": "at sample 15", "reply": "at sample 15"}
+_AT = {
+    "unpickle": "before its first sample",
+    "load": "at sample 13",
+    "write": "after its last sample",
+    "reply": "after its last sample",
+}
 
 
 @pytest.fixture(autouse=True)

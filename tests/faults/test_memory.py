@@ -326,6 +326,34 @@ def test_memory_of_a_burst_is_given_back_by_all(pool: keras_mp.WorkerPool) -> No
     assert eventually(lambda: not any(_memory_files(worker) for worker in workers))
 
 
+def _large(index: int) -> Array:
+    return np.full(20 << 20, index, np.uint8)
+
+
+def test_slots_of_large_batches_are_no_more_than_are_needed(pool: keras_mp.WorkerPool) -> None:
+    """In steady state, and soon after a consumer has let go of many, though it asks for no more."""
+    with keras_mp.PoolDataset(range(40), _large, batch_size=1, pool=pool, max_queue_size=3) as dataset:
+        for _ in range(2):
+            for _batch in dataset:
+                pass
+        del _batch
+        needed = 3 + 2  # read ahead, the one being consumed, and the next
+        assert dataset.stats()["slot_bytes"] < (needed + 1) * (24 << 20)
+        held = [dataset[index] for index in range(20)]
+        assert dataset.stats()["slots"] >= 20
+        del held
+        gc.collect()
+        assert eventually(lambda: dataset.stats()["slot_bytes"] < (needed + 5) * (24 << 20))
+        workers = [psutil.Process(pid) for pid in dataset.stats()["pids"]]
+        assert eventually(lambda: all(_memory_files(worker) < 2 * (needed + 5) + 8 for worker in workers))
+
+
+def test_an_epoch_of_large_batches_makes_no_new_slots(pool: keras_mp.WorkerPool) -> None:
+    with keras_mp.PoolDataset(range(20), _large, batch_size=1, pool=pool, max_queue_size=6) as dataset:
+        addresses = [{batch.ctypes.data for batch in dataset} for _ in range(6)]
+        assert addresses[-1] <= set().union(*addresses[:3])
+
+
 def _memory_files(process: psutil.Process) -> int:
     """Memory files of ours that a process holds, segments of closed datasets included."""
     count = 0

@@ -361,9 +361,12 @@ def test_an_epoch_is_read_ahead_from_its_begin_and_no_batch_is_loaded_twice(shuf
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_an_epoch_is_read_ahead_before_its_first_batch_is_asked_for(shuffle: bool) -> None:
     loaded: list[int] = []
-    with keras_mp.PoolDataset(
-        range(20), lambda i: loaded.append(i) or i, batch_size=1, workers=2, use_multiprocessing=False
-    ) as dataset:
+
+    def note(sample: int) -> int:
+        loaded.append(sample)
+        return sample
+
+    with keras_mp.PoolDataset(range(20), note, batch_size=1, workers=2, use_multiprocessing=False) as dataset:
         for _ in range(2):
             dataset.on_epoch_begin()
             numbers = list(range(dataset.num_batches))

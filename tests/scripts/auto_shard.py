@@ -12,11 +12,11 @@ import os
 import sys
 
 os.environ["KERAS_BACKEND"] = "jax"
+os.environ["JAX_CPU_COLLECTIVES_IMPLEMENTATION"] = "gloo"
 
 import jax
 
 rank, port, how = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
 
 import keras

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 if __name__ == "__main__":
@@ -152,7 +153,7 @@ FITS: dict[str, dict[str, Any]] = {
     "picked-short": {"epochs": 4, "steps_per_epoch": 5},
     "tested": {"epochs": 2},
 }
-LOOKERS = {
+LOOKERS: dict[str, Callable[[keras_mp.PoolDataset], Any]] = {
     "nosy": Nosy,
     "nosy-short": Nosy,
     "picked": Picker,
