@@ -145,6 +145,7 @@ class ExecutorEngine:
 
     def close(self) -> None:
         self._closed = True
+        self._isolation.give_up()
         for woken in list(self._waiting):
             woken.set()
 

@@ -100,7 +100,7 @@ class ThreadsEngine:
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._closed = False
         self.update(loader)
-        self._end_threads = weakref.finalize(self, _end_threads, self._queue, count)
+        self._end_threads = weakref.finalize(self, _end_threads, self._isolation, self._queue, count)
         self._end_threads.atexit = False  # the dataset is closed there, which waits
         self._threads = [
             threading.Thread(target=_serve, args=(self._queue, self._at), daemon=True, name=f"keras_mp-loader-{number}")
@@ -188,6 +188,7 @@ def _serve(jobs: queue.SimpleQueue[_Job | None], at: dict[int, _Job]) -> None:
         del at[threading.get_ident()], job  # a batch must not live on until the next one is asked for
 
 
-def _end_threads(jobs: queue.SimpleQueue[_Job | None], count: int) -> None:
+def _end_threads(isolation: ThreadIsolation, jobs: queue.SimpleQueue[_Job | None], count: int) -> None:
+    isolation.give_up()
     for _ in range(count):
         jobs.put(None)  # safe in a finaliser: it takes no lock of Python's

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import os
 import pickle
 import random
 import signal
 import textwrap
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from tests.census import eventually
 from tests.support import run_script
 
 _DEADLINE_S = 60.0
+_PLACES: dict[str, Any] = {"in-process": {"workers": 0}, "threads": {"workers": 4, "use_multiprocessing": False}}
 
 
 class _Threads(concurrent.futures.Executor):
@@ -174,6 +177,37 @@ def test_a_dataset_that_is_dropped_leaves_no_thread() -> None:  # P4
     assert eventually(lambda: _threads() == 0)
 
 
+def test_a_batch_that_hangs_holds_up_no_other() -> None:
+    """Those not either that came while the first batch was loaded, which is loaded alone."""
+    for _ in range(20):
+        transform = _Hanging()
+        with keras_mp.PoolDataset(
+            range(32), transform, batch_size=2, workers=2, max_queue_size=4, use_multiprocessing=False
+        ) as data:
+            taken = _on_a_thread(lambda data=data: list(itertools.islice(data, 2)))  # type: ignore[misc]
+            assert [batch.tolist() for batch in taken()] == [[0, 1], [2, 3]]
+            assert transform.reached.wait(_DEADLINE_S)
+            transform.go_on.set()
+
+
+@pytest.mark.parametrize("sample", [0, 4])
+@pytest.mark.parametrize("place", ["threads", "executor"])
+def test_a_thread_that_was_left_behind_holds_up_no_other_dataset(sample: int, place: str) -> None:  # P3
+    transform = _Hanging(sample)
+    with concurrent.futures.ThreadPoolExecutor(4) as executor:
+        options: dict[str, Any] = {"pool": executor} if place == "executor" else _PLACES["threads"]
+        data = keras_mp.PoolDataset(range(32), transform, batch_size=2, **options)
+        hung = _on_a_thread(lambda: list(data))
+        assert transform.reached.wait(_DEADLINE_S)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            data.close()
+        assert isinstance(hung(), keras_mp.PoolClosed)
+        assert _on_a_thread(lambda: _drawn(**options))() == _drawn(workers=0)
+        transform.go_on.set()
+    assert eventually(lambda: _threads() == 0)
+
+
 @pytest.mark.parametrize("end", ["", "data.close()", "raise SystemExit(0)", "del data, taker"])
 def test_a_script_whose_transform_hangs_in_a_thread_ends(end: str, tmp_path: Path) -> None:  # P3
     output = run_script(
@@ -313,9 +347,6 @@ def _flat(batch: Any) -> list[np.ndarray[Any, Any]]:
         return [batch]
     parts = batch.values() if isinstance(batch, dict) else batch
     return [leaf for part in parts if part is not None for leaf in _flat(part)]
-
-
-_PLACES: dict[str, Any] = {"in-process": {"workers": 0}, "threads": {"workers": 4, "use_multiprocessing": False}}
 
 
 @pytest.mark.parametrize("place", _PLACES)
