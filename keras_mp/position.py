@@ -520,7 +520,7 @@ class Position:
 
     def _turns_out_shuffled(self, run: Pass, number: int) -> bool:
         """Whether the second number of a pass shows that Keras shuffles."""
-        if len(run.served) != 1 or self._is_settled(run.base) or run.call in self._shuffles:
+        if len(run.served) != 1 or self._is_settled(run.base) or self._shuffles.get(run.call):
             return False
         self._shuffles[run.call] = number != self._number(1, run.stride)
         if self._shuffles[run.call]:
