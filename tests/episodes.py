@@ -52,6 +52,7 @@ class Data:
         repeats: how many samples come twice in an `order`.
         drop_remainder: as the argument.
         failing: samples that fail and are skipped.
+        draws: whether samples draw from the global generators, too.
         one_hot: whether samples are inputs and targets of the model.
     """
 
@@ -62,6 +63,7 @@ class Data:
     repeats: int = 0
     drop_remainder: bool = False
     failing: tuple[int, ...] = ()
+    draws: bool = True
     one_hot: bool = False
 
     @property
@@ -82,7 +84,7 @@ class Data:
             return keras_mp.parallelize(Batches(self.samples), seed=self.seed, max_queue_size=depth, **where)
         return keras_mp.PoolDataset(
             range(self.samples),
-            one_hot if self.one_hot else Sample(self.failing),
+            one_hot if self.one_hot else Sample(self.failing, self.draws),
             batch_size=self.batch_size,
             shuffle=self.order == "shuffle",
             order=Order(self) if self.order == "order" else None,
@@ -147,11 +149,21 @@ def _draw_data(rng: random.Random, parts: int = 1, **options: Any) -> Data:
     if order == "order" and not failing and batch_size > 1:
         repeats = rng.randint(0, samples // 2)
     fails = tuple(sorted(rng.sample(range(samples), failing)))
-    return Data(rng.randrange(1 << 30), samples, batch_size, order, repeats, drop_remainder, fails, **options)
+    return Data(
+        rng.randrange(1 << 30),
+        samples,
+        batch_size,
+        order,
+        repeats,
+        drop_remainder,
+        fails,
+        rng.random() < 0.5,
+        **options,
+    )
 
 
-def _draw_place(rng: random.Random, pools: Pools) -> tuple[str, int]:
-    kind = rng.choice(["in-process", "threads", "pool", "pool"])
+def _draw_place(rng: random.Random, pools: Pools, threads: bool = True) -> tuple[str, int]:
+    kind = rng.choice(["in-process", "threads" if threads else "in-process", "pool", "pool"])
     return kind, 0 if kind == "in-process" else rng.randint(1, 3) if kind == "threads" else rng.choice(sorted(pools))
 
 
@@ -327,7 +339,7 @@ class _Part:
         self._stride = options.parts if options.by_keras else 1
         self.whole: dict[int, list[Record]] = {}  # by epoch
         self.failures: set[tuple[int, int, int | None]] = set()
-        self.resumes = 0
+        self.places: list[str] = []  # where it was loaded, from one resume to the next
         self._reference = self._divide(self._data.plain(), options.parts > 1)
         self._plain: dict[int, list[Record]] = {}
         self._permuted: dict[int, list[Record]] = {}
@@ -343,7 +355,7 @@ class _Part:
         self._run: _Run | None = None  # the pass that is under way
         self._current = _Run(0, [], self._count, None)  # who was last handed out something
         self._held: list[tuple[Iterator[Any], _Run]] = []
-        self._was_read = False  # `num_batches`, and nothing has been asked for since
+        self._is_beginning = False  # a pass: nothing has been asked for since `num_batches` or `on_epoch_begin`
 
     def go(self) -> None:
         """Goes through all epochs."""
@@ -362,7 +374,11 @@ class _Part:
             raise Mismatch(f"epochs {sorted(self.whole)} have been gone through, but the current one is {self._epoch}")
 
     def _make(self) -> Any:
-        dataset = self._data.make(_draw_place(self._rng, self._pools), self._rng.randint(1, 12), self._pools)
+        # Threads share the global `random` with the driver, which may shuffle with it just as a sample draws.
+        threads = not (self._options.way == "random" and self._data.draws)
+        place, depth = _draw_place(self._rng, self._pools, threads), self._rng.randint(1, 12)
+        self.places.append(f"{' '.join(map(str, place))}, max_queue_size={depth}")
+        dataset = self._data.make(place, depth, self._pools)
         return self._divide(dataset, self._options.parts > 1 and not self._options.by_keras)
 
     def _divide(self, dataset: Any, divide: bool) -> Any:
@@ -389,12 +405,13 @@ class _Part:
         if not self._options.as_keras:
             self._end()  # or the length of what was resumed would be taken for that of each pass
         steps, per_pass = self._options.steps, self._read(self._dataset) // self._stride
-        self._was_read = True
+        self._is_beginning = True
         self._end()
         batches: Iterator[Any] | None = None
         seen = 0
         for epoch in range(epochs):
             self._begin(self._dataset)
+            self._is_beginning = True
             self._look()
             if batches is None or steps is None:
                 batches, seen = self._taken_ahead(self._pass(epoch)), 0
@@ -428,7 +445,7 @@ class _Part:
         run = None
         for number in numbers:
             batch = self._request(self._dataset, number)
-            self._was_read = False
+            self._is_beginning = False
             if run is None:
                 if self._run is not None and self._run.is_complete:
                     self._end_run()
@@ -498,7 +515,6 @@ class _Part:
             self._epoch, self._before = current.epoch, current.done
         self._current = _Run(self._epoch, self._before, self._count - len(self._before), None)
         self._is_resumed = True
-        self.resumes += 1
         self._look_at_numbers()
 
     def _look(self) -> None:
@@ -570,7 +586,7 @@ class _Part:
         run = self._run
         if run is None and self._picked:
             return  # which batches are left, and in which order, is known no more
-        if not self._options.as_keras and (run is None or self._was_read):
+        if self._is_beginning or (run is None and not self._options.as_keras):
             return  # it would begin a pass
         number = self._rng.randrange(len(self._dataset))
         if run is not None and run.numbers and not self._options.as_keras and (run.is_complete or self._options.steps):
@@ -614,7 +630,8 @@ class _Part:
             raise Mismatch(f"epoch {epoch} has come twice")
         self.whole[epoch] = records
         allowed = self._allowed(epoch)
-        if epoch in self._picked:
+        picks_count = self._options.picks and not self._options.as_keras
+        if epoch in self._picked or (picks_count and not self._data.is_ordered):  # they may look like shuffling
             records, allowed = sorted(records), [sorted(allowed[0])]
         if records not in allowed:
             raise Mismatch(f"epoch {epoch} is\n  {_text(records)}\nand should be\n  {_text(allowed[0])}")
@@ -635,7 +652,7 @@ class _Part:
         if begun_by.numbers[0] != first:
             return [permuted]
         allowed = [permuted, [plain[0], *(record for record in permuted if record != plain[0])]]
-        if begun_by.numbers[:2] == [first, first + self._stride][: self._count]:
+        if begun_by.numbers[:2] == [first, first + self._stride][: len(begun_by.numbers)]:
             allowed.append(plain)
         return allowed
 
@@ -674,7 +691,11 @@ def run_driven(rng: random.Random, pools: Pools, options: Driving) -> int:
     try:
         for index, part in enumerate(parts):
             with _divided(options.parts, index) if options.by_keras else contextlib.nullcontext():
-                part.go()
+                try:
+                    part.go()
+                except Exception as error:
+                    error.add_note(f"on part {index}, loaded {'; then '.join(part.places)}")
+                    raise
     finally:
         random.setstate(before)
     epochs = min(len(part.whole) for part in parts)

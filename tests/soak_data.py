@@ -28,14 +28,16 @@ def transform(index: int, rng: np.random.Generator) -> tuple[Array, np.float32]:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A transform: the sample's number, and noise from all sources."""
+    """A transform: the sample's number, and noise, from the global generators too if it `draws` from them."""
 
     failing: tuple[int, ...]
+    draws: bool
 
     def __call__(self, sample: int, rng: np.random.Generator) -> Any:
         if sample in self.failing:
             raise ValueError(f"sample {sample} is broken")
-        return np.int64(sample), rng.random(), np.random.rand(), random.random()
+        shared = (np.random.rand(), random.random()) if self.draws else ()
+        return np.int64(sample), rng.random(), *shared
 
 
 @dataclasses.dataclass(frozen=True)
