@@ -187,6 +187,7 @@ class _ParallelDataset(LoadedDataset):
             self._send_changes()
             if self._ahead is not None:
                 self._ahead.renew()
+                self._outdated = None
 
     @property
     def batch_axis(self) -> int | None:

@@ -116,7 +116,7 @@ class LoadedDataset(keras.utils.PyDataset):
         self._ahead_of: Progress | None = None  # what that pass will go through, if it has not begun yet
         self._looks: ReadAhead | None = None  # of batches that somebody looks at, one after the other
         self._looked_at = -2
-        self._is_unchanged = False  # whether what has been requested is still what it would be if requested now
+        self._outdated: ReadAhead | None = None  # requested when the source or the functions were in another state
         self._hook_is_due = False
         self._streams: weakref.WeakSet[ReadAhead] = weakref.WeakSet()
 
@@ -214,7 +214,7 @@ class LoadedDataset(keras.utils.PyDataset):
         """Reads ahead along `keys` for the pass that Keras runs."""
         handles: Handles = {}
         for before in (self._looks, self._ahead):
-            if before is not None and self._is_unchanged:
+            if before is not None and before is not self._outdated:
                 handles |= before.release()
         self._drop_ahead()
         self._ahead, self._ahead_of = self._read_ahead(keys, self._depth, handles), of
@@ -307,7 +307,7 @@ class LoadedDataset(keras.utils.PyDataset):
         self._drop_looks()
         if self._ahead is not None:
             self._ahead.close()
-        self._ahead = self._ahead_of = None
+        self._ahead = self._ahead_of = self._outdated = None
 
     def _served(self, load: Callable[..., Loaded], *arguments: Any) -> Any:
         self._check_open()
@@ -418,8 +418,9 @@ class LoadedDataset(keras.utils.PyDataset):
 
     def _send_changes(self) -> None:
         """Gives the workers what has changed in the source or the functions since the last epoch."""
-        if self._runtime is not None:
-            self._is_unchanged = self._runtime.engine.update(self._loader) is False
+        if self._runtime is not None and self._runtime.engine.update(self._loader) is not False:
+            self._drop_looks()
+            self._outdated = self._ahead
 
     def _run_due_hook(self) -> None:
         """Calls what follows the end of an epoch: once its last batch is no longer needed."""
@@ -634,7 +635,7 @@ class LoadedDataset(keras.utils.PyDataset):
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "_pool": self._pool if isinstance(self._pool, str) else None}
-        for name in ("_lock", "_runtime", "_ahead", "_looks", "_streams"):
+        for name in ("_lock", "_runtime", "_ahead", "_outdated", "_looks", "_streams"):
             del state[name]
         return state
 

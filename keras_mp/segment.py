@@ -39,12 +39,24 @@ class Segment:
             return size == self.size
         if self.fd < 0 or [buffer.raw().nbytes for buffer in buffers] != [length for _, length in places]:
             return False
-        memory = map_segment(self.fd, size) if self._view is None else self._view
         return all(
-            _are_equal(memory[offset : offset + length], np.frombuffer(buffer.raw(), dtype=np.uint8))
+            self._has(np.frombuffer(buffer.raw(), dtype=np.uint8), offset)
             for buffer, (offset, length) in zip(buffers, places, strict=True)
             if length
         )
+
+    def _has(self, data: npt.NDArray[np.uint8], offset: int) -> bool:
+        """Whether these bytes lie there. It is read piece by piece: a mapping would need a descriptor more."""
+        if self._view is not None and data.ctypes.data == self._view.ctypes.data + offset:
+            return True
+        ours = np.empty(min(data.nbytes, _PIECE_BYTES), dtype=np.uint8)
+        for start in range(0, data.nbytes, _PIECE_BYTES):
+            piece = data[start : start + _PIECE_BYTES]
+            if os.preadv(self.fd, [ours[: piece.nbytes]], offset + start) != piece.nbytes:
+                return False
+            if not np.array_equal(ours[: piece.nbytes], piece):
+                return False
+        return True
 
     def view(self) -> npt.NDArray[np.uint8]:
         """The whole as read-only bytes; arrays made of them are known to `holds`, and need no comparison."""
@@ -75,17 +87,6 @@ def map_privately(fd: int, size: int) -> npt.NDArray[np.uint8]:
         return map_file(fd, size, access=mmap.ACCESS_COPY)
     except OSError:  # a system that reserves memory for all that might be written has none left
         return map_segment(fd, size)
-
-
-def _are_equal(ours: npt.NDArray[np.uint8], theirs: npt.NDArray[np.uint8]) -> bool:
-    if ours.ctypes.data == theirs.ctypes.data:
-        return True
-    whole = ours.nbytes // 8 * 8  # in words, and in pieces whose comparison stays in the cache
-    return np.array_equal(ours[whole:], theirs[whole:]) and all(
-        np.array_equal(ours[start:end].view(np.uint64), theirs[start:end].view(np.uint64))
-        for start in range(0, whole, _PIECE_BYTES)
-        for end in (min(start + _PIECE_BYTES, whole),)
-    )
 
 
 def _write_all(fd: int, data: memoryview, offset: int) -> None:

@@ -1,18 +1,24 @@
-"""Trains for a while as workers are killed, stopped and starved at random, and checks every batch of it.
+"""Trains for a while as workers are killed, stopped and starved at random, and checks every batch and epoch of it.
 
     python -m tests.soak --seconds 600 --seed 7
+    python -m tests.soak --seed 7 --round 31          # that round again
 
-Rounds of real `model.fit`, on the dataset itself and through `to_tf_dataset()`, and iterations that are given up
-half-way, all on one pool. Every batch must be bit for bit what a process without workers makes of the same seed (P1,
-P2), and still be that when it is held for long (P6). Nothing may be left at the end (P4). No batch is hit twice, since
-that would rightly be an error. The exit code is 1 if anything was wrong.
+Rounds of real `model.fit`, on the dataset itself and through `to_tf_dataset()`, iterations that are given up half-way,
+and episodes (tests/episodes.py): passes in the way of each Keras version and calls of `fit`, with looks, resumes and
+iterations in iterations at random. Every batch must be bit for bit what a process without workers makes of the same
+seed, in every epoch (P1, P2), and still be that when it is held for long (P6). Nothing may be left at the end (P4). No
+batch is hit twice, since that would rightly be an error. The exit code is 1 if anything was wrong.
+
+What happens in a round follows from the seed and the round's number; when workers are hit, from the clock too.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import dataclasses
+import itertools
 import os
 import random
 import resource
@@ -20,8 +26,9 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -34,29 +41,36 @@ import psutil
 
 import keras_mp
 from keras_mp import dispatcher as dispatching
-from tests import census
+from tests import census, episodes
 from tests.faults.common import digest
+from tests.soak_data import SIDE, transform
 
 _SAMPLES, _BATCH_SIZE = 500, 32
-_SIDE = 24
-_BAD_SAMPLE = 77
 _EPOCHS = 2
 _HELD = 40
 _MAX_SLOTS = 3 * (_HELD + 30)
 _MAX_RSS_GROWTH = 300 << 20
+EXPECTED_WARNINGS = (
+    "keras_mp: .* samples failed",
+    "keras_mp: no shared memory",
+    "Your input ran out of data",  # `steps_per_epoch` that does not divide the batches
+)
 _ENDS = (signal.SIGKILL, signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM)
 
+# What is not drawn in the first episodes of a round, so that each kind comes.
+_KINDS: list[dict[str, Any]] = [
+    {},
+    {"steps": 2, "ahead": 3},
+    {"as_keras": False},
+    {"builds": True},
+    {"interruptions": 6, "looks": 0.4},
+    {"as_keras": True, "picks": True, "looks": 0.4},
+    {"parts": 2, "by_keras": True},
+    {"parts": 3, "by_keras": False},
+]
+KINDS_OF_EPISODES = len(_KINDS)
+
 Array = npt.NDArray[Any]
-
-
-def transform(index: int, rng: np.random.Generator) -> tuple[Array, np.float32]:
-    """A picture made of noise from all three sources, and its label; one sample always fails."""
-    if index == _BAD_SAMPLE:
-        raise ValueError("this sample is broken")
-    picture = rng.normal(size=(_SIDE, _SIDE, 3)) + np.random.rand() + random.random()
-    for _ in range(4):
-        picture = np.sin(picture)
-    return picture.astype(np.float32), np.float32(index % 10)
 
 
 def make_dataset(seed: int, pool: keras_mp.WorkerPool | None) -> keras_mp.PoolDataset:
@@ -68,15 +82,14 @@ def make_dataset(seed: int, pool: keras_mp.WorkerPool | None) -> keras_mp.PoolDa
 
 
 class Checked(keras_mp.PoolDataset):
-    """Tells `watch(epoch, index, batch)` of every batch that Keras takes."""
+    """Tells `watch(epoch, index, batch)` of every batch that Keras takes, in a `fit` that does not shuffle."""
 
     watch: Any = None
 
     def __getitem__(self, index: int) -> Any:
-        epoch = self.epoch
         batch = super().__getitem__(index)
         if self.watch is not None:
-            self.watch(epoch, index, batch)
+            self.watch(self.epoch, index, batch)  # the epoch only now: with the batch it may have begun
         return batch
 
 
@@ -86,6 +99,8 @@ class Report:
 
     rounds: int = 0
     batches: int = 0
+    epochs: int = 0
+    episodes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     held: int = 0
     kills: int = 0
     stops: int = 0
@@ -106,6 +121,7 @@ class Report:
     def __str__(self) -> str:
         lines = [
             f"{self.rounds} rounds, {self.batches} batches checked, {self.held} of them again after being held",
+            f"{self.epochs} epochs checked in episodes: " + ", ".join(f"{n} {k}" for k, n in self.episodes.items()),
             f"{self.kills} kills, {self.stops} stops for good, {self.stalls} stalls, {self.starvations} starvations",
             f"{self.restarts} restarts, {self.most_slots} slots at most, memory grew by {self.rss_growth >> 20} MiB",
             f"{len(self.mismatches)} mismatches, {len(self.errors)} errors, {len(self.leaks)} leaks",
@@ -156,9 +172,9 @@ def _digest(batch: Any) -> str:
 class Chaos(threading.Thread):
     """Kills, stops and starves workers until told to end."""
 
-    def __init__(self, pool: keras_mp.WorkerPool, seed: int, report: Report) -> None:
+    def __init__(self, pools: Iterable[keras_mp.WorkerPool], seed: int, report: Report) -> None:
         super().__init__(name="chaos", daemon=True)
-        self._dispatcher: dispatching.Dispatcher = pool._dispatcher
+        self._dispatchers: list[dispatching.Dispatcher] = [pool._dispatcher for pool in pools]
         self._rng = random.Random(seed)
         self._report = report
         self._over = threading.Event()
@@ -167,10 +183,12 @@ class Chaos(threading.Thread):
     def run(self) -> None:
         while not self._over.wait(self._rng.expovariate(2.5)):
             self._go_on()
-            with self._dispatcher._lock:
-                victims = [seat.process.pid for seat in self._dispatcher._seats if _may_be_hit(seat)]
-                if victims:
-                    self._act(victims)
+            for dispatcher in self._rng.sample(self._dispatchers, len(self._dispatchers)):
+                with dispatcher._lock:
+                    victims = [seat.process.pid for seat in dispatcher._seats if _may_be_hit(seat)]
+                    if victims:
+                        self._act(victims)
+                        break
         self._go_on()
 
     def finish(self) -> None:
@@ -225,15 +243,15 @@ class Chaos(threading.Thread):
 
 
 def _may_be_hit(seat: Any) -> bool:
-    if seat.ended_for or seat.broken or seat.stopped_since is not None:
-        return False
+    if seat.ended_for or seat.broken or seat.stopped_since is not None or not seat.process.ready:
+        return False  # where starts fail, too, a small pool would rightly say that none succeeds
     faults = [fault for job in seat.jobs for fault in job.faults]
     return all(fault.kind == "unstarted" for fault in faults) and len(faults) < 2
 
 
 def _make_model() -> Any:
     model = keras.Sequential(
-        [keras.layers.Input((_SIDE, _SIDE, 3)), keras.layers.Flatten(), keras.layers.Dense(4), keras.layers.Dense(1)]
+        [keras.layers.Input((SIDE, SIDE, 3)), keras.layers.Flatten(), keras.layers.Dense(4), keras.layers.Dense(1)]
     )
     model.compile("sgd", "mse")
     return model
@@ -241,7 +259,7 @@ def _make_model() -> Any:
 
 def _fit(dataset: Any, checker: Checker, model: Any) -> None:
     dataset.watch = checker.watch
-    model.fit(dataset, epochs=_EPOCHS, verbose=0)
+    model.fit(dataset, epochs=_EPOCHS, shuffle=False, verbose=0)
     dataset.watch = None
 
 
@@ -282,49 +300,93 @@ def _flush_tensorflow() -> None:
         tf.numpy_function(lambda: np.int64(0), [], tf.int64)
 
 
-def soak(seconds: float, seed: int, workers: int = 2) -> Report:
+def _run_episodes(rng: random.Random, pools: episodes.Pools, report: Report, until: Callable[[], bool]) -> None:
+    """Episodes of every kind, and then others until it is time for something else."""
+    for fixed in (*_KINDS, *itertools.repeat({}, 8)):
+        if report.episodes["driven"] >= len(_KINDS) and until():
+            return
+        driving = episodes.draw_driving(rng, **fixed)
+        with _told(driving):
+            report.epochs += episodes.run_driven(rng, pools, driving)
+        report.episodes["driven"] += 1
+
+
+def _run_trained_episode(rng: random.Random, pools: episodes.Pools, report: Report, model: Any) -> None:
+    for fixed in ({"interruptions": ()}, {"looks": 0.4}):
+        training = episodes.draw_training(rng, **fixed)
+        with _told(training):
+            report.epochs += episodes.run_fit(rng, pools, training, model)
+        report.episodes["trained"] += 1
+
+
+@contextlib.contextmanager
+def _told(options: Any) -> Iterator[None]:
+    """Says of an error in which episode it was."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"in {options}")
+        raise
+
+
+def soak(seconds: float, seed: int, workers: int = 2, only: int | None = None) -> Report:
     """Runs for about `seconds`; the last round is finished.
 
     Args:
         seconds: how long.
         seed: of the chaos and of the data.
         workers: processes in the pool.
+        only: the number of the one round to run, over and over.
     """
     report = Report()
-    rng = random.Random(seed)
-    model = _make_model()
-    _hold_tensors(make_dataset(seed, None), Checker(seed, Report(), rng), model)  # what TensorFlow keeps for itself
+    model, counting = _make_model(), episodes.make_model()
+    # What TensorFlow keeps for itself.
+    _hold_tensors(make_dataset(seed, None), Checker(seed, Report(), random.Random(seed)), model)
     model.fit(make_dataset(seed, None), verbose=0)
     before = census.take_census()
-    pool = keras_mp.WorkerPool(workers)
-    chaos = Chaos(pool, seed, report)
+    pools = {count: keras_mp.WorkerPool(count) for count in {1, 3, workers}}
+    chaos = Chaos(pools.values(), seed, report)
     chaos.start()
     process, rss = psutil.Process(), 0
     started = time.monotonic()
-    ways = [_fit, _fit_through_tf_data, _hold_tensors, _give_up_half_way]
+    ways = [_fit, None, _fit_through_tf_data, None, _hold_tensors, None, _give_up_half_way, None]
+
+    def is_over() -> bool:
+        return time.monotonic() - started > seconds
+
     try:
-        while time.monotonic() - started < seconds and not report.mismatches:
+        while not is_over() and report.clean:
             if not rss and time.monotonic() - started > seconds / 3:
                 rss = process.memory_info().rss
-            round_seed = rng.randrange(1 << 30)
-            checker = Checker(round_seed, report, rng)
-            with make_dataset(round_seed, pool) as dataset:
-                ways[report.rounds % len(ways)](dataset, checker, model)
-                checker.finish()
-                report.most_slots = max(report.most_slots, dataset.stats()["slots"])
+            number = report.rounds if only is None else only
+            rng = random.Random(f"{seed}, round {number}")
+            way = ways[number % len(ways)]
+            if way is None:
+                _run_episodes(rng, pools, report, is_over)
+                _run_trained_episode(rng, pools, report, counting)
+            else:
+                round_seed = rng.randrange(1 << 30)
+                checker = Checker(round_seed, report, rng)
+                with make_dataset(round_seed, pools[workers]) as dataset:
+                    way(dataset, checker, model)
+                    checker.finish()
+                    report.most_slots = max(report.most_slots, dataset.stats()["slots"])
+                del dataset, checker
             report.rounds += 1
     except Exception as error:
-        report.errors.append(f"round {report.rounds}: {type(error).__name__}: {error}")
+        text = "".join(traceback.format_exception(error))
+        kind = report.mismatches if isinstance(error, episodes.Mismatch) else report.errors
+        kind.append(f"seed {seed}, round {report.rounds if only is None else only}: {text}")
     finally:
         chaos.finish()
-        report.restarts = pool.stats()["restarts"]
-        pool.close()
+        for pool in pools.values():
+            report.restarts += pool.stats()["restarts"]
+            pool.close()
     report.rss_growth = max(0, process.memory_info().rss - rss) if rss else 0
     if report.rss_growth > _MAX_RSS_GROWTH:
         report.leaks.append(f"memory grew by {report.rss_growth} bytes after the first third")
     if report.most_slots > _MAX_SLOTS:
         report.leaks.append(f"{report.most_slots} slots for {_HELD} held batches")
-    del dataset, checker
     _flush_tensorflow()
     report.leaks += census.wait_until_nothing_is_left(before)
     return report
@@ -336,10 +398,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--round", type=int, default=None, help="only this one, over and over")
     options = parser.parse_args(arguments)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "keras_mp: .* samples failed|keras_mp: no shared memory", RuntimeWarning)
-        report = soak(options.seconds, options.seed, options.workers)
+        for message in EXPECTED_WARNINGS:
+            warnings.filterwarnings("ignore", message)
+        report = soak(options.seconds, options.seed, options.workers, options.round)
     sys.stdout.write(f"seed {options.seed}, {options.seconds:g} s, {options.workers} workers\n{report}\n")
     return 0 if report.clean else 1
 
