@@ -163,8 +163,8 @@ def test_what_was_loaded_ahead_of_a_pass_is_used_unless_something_has_changed(ch
         served = list(_passes(dataset, _in_order, 1))
         assert served == [[[sample * transform.factor] for sample in range(_SAMPLES)]]
     loaded = [int(sample) for sample in (tmp_path / "loaded").read_text().split()]
-    if not changed:
-        assert sorted(loaded) == sorted([0, 1, *range(_SAMPLES)])
+    again = len(loaded) - _SAMPLES - 2  # besides those looked at
+    assert again <= (2 * 4 if changed else 1), loaded
 
 
 def test_a_pass_that_is_given_up_leaves_its_epoch_to_the_next() -> None:
@@ -300,11 +300,11 @@ def test_a_state_in_the_middle_of_an_export_counts_what_that_has_handed_out() ->
     resumed.load_state_dict(state)
     first, second = _plain(_dataset(), 2)
     expected = [*first, *second]
-    left = _plain(resumed, 1)[0]
-    handed_out = len(expected) - len(left)
-    assert handed_out >= 8  # TensorFlow may have taken more
+    handed_out = state["epoch"] * _BATCHES + state["position"]
+    assert 8 <= handed_out <= len(expected)  # TensorFlow may have taken more
     assert taken == expected[:8]
-    assert left == expected[handed_out:]
+    if handed_out < len(expected):
+        assert _plain(resumed, 1)[0] == expected[handed_out:]
 
 
 @dataclasses.dataclass

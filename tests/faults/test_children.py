@@ -28,8 +28,9 @@ class StartsChild:
     def __call__(self, value: int) -> int:
         if not (self.folder / f"child-of-{os.getpid()}").exists():
             child = subprocess.Popen(["sleep", "1000"])
-            (self.folder / "new").write_text(str(child.pid))
-            (self.folder / "new").rename(self.folder / f"child-of-{os.getpid()}")
+            new = self.folder / f"new-{child.pid}"
+            new.write_text(str(child.pid))
+            new.rename(self.folder / f"child-of-{os.getpid()}")
         if value == 5 and self.harm is not None:
             self.harm.strike()
         return value
