@@ -26,11 +26,13 @@ class Call:
         frames: from the outermost to that of the method, the code and (but for the method's own, which goes on) the
             instruction that calls the next.
         at: the instruction of the method that it was at.
+        shuffle: what the method was given as `shuffle`; False if it takes no such argument.
     """
 
     thread: int
     frames: tuple[tuple[CodeType, int], ...]
     at: int = dataclasses.field(compare=False)
+    shuffle: bool = dataclasses.field(compare=False)
 
     @property
     def name(self) -> str:
@@ -61,10 +63,13 @@ def current_call() -> Call | None:
         frame = frame.f_back
     if frame is None:
         return None
-    frames, at = [(frame.f_code, 0)], frame.f_lasti
+    arguments = frame.f_locals
+    frames, at, shuffle = [(frame.f_code, 0)], frame.f_lasti, bool(arguments.get("shuffle", False))
+    if isinstance(arguments, dict):  # before Python 3.13: a copy, which would keep what it holds (weights) for long
+        arguments.clear()
     while (frame := frame.f_back) is not None:
         frames.append((frame.f_code, frame.f_lasti))
-    return Call(threading.get_ident(), tuple(reversed(frames)), at)
+    return Call(threading.get_ident(), tuple(reversed(frames)), at, shuffle)
 
 
 def is_keras(frame: FrameType | None, called: object) -> bool:

@@ -36,7 +36,7 @@ from keras_mp.errors import PoolClosed, SampleError, SampleFailure
 from keras_mp.failures import FailureLog
 from keras_mp.loading import Loaded, Loader, Request
 from keras_mp.pool import WorkerPool, check_workers, shared_pool
-from keras_mp.position import PERMUTED_AFTER_FIRST, Asked, BatchKey, Position, Progress
+from keras_mp.position import Asked, BatchKey, Position, Progress
 from keras_mp.readahead import Handles, ReadAhead
 from keras_mp.threads import ThreadsEngine
 
@@ -187,7 +187,7 @@ class LoadedDataset(keras.utils.PyDataset):
         run = asked.run
         if run is None:
             return asked, self._take_look(index, asked.key, map(self._position.look, range(index, len(self))))
-        if asked.is_new:
+        if asked.is_first:
             if self._ahead_of != run.base:
                 self._follow(itertools.chain([asked.key], self._position.rest(run)))
             self._ahead_of = None
@@ -472,7 +472,7 @@ class LoadedDataset(keras.utils.PyDataset):
             "epoch": progress.epoch,
             "position": progress.position,
             "missing": sorted(progress.missing),
-            "arrangement": progress.arrangement,
+            "permuted": progress.permuted,
             "batch_seed": self._position.batch_seed,
         }
 
@@ -526,16 +526,16 @@ class LoadedDataset(keras.utils.PyDataset):
 
     def _progress_in(self, state: Mapping[str, Any]) -> Progress:
         epoch, position, count = state.get("epoch"), state.get("position"), self._position.count
-        missing, arrangement = state.get("missing"), state.get("arrangement")
+        missing, permuted = state.get("missing"), state.get("permuted")
         if not (isinstance(epoch, int) and epoch >= 0):
             raise ValueError(f"state has epoch {epoch!r}; it must be a number from 0")
         if not (isinstance(position, int) and 0 <= position <= count):
             raise ValueError(f"state has position {position!r}, but the dataset has {count} batches in an epoch")
         if not (isinstance(missing, list) and all(isinstance(at, int) and 0 <= at < position for at in missing)):
             raise ValueError(f"state has missing {missing!r}; it must list positions from 0 to {position - 1}")
-        if not isinstance(arrangement, int) or arrangement not in range(PERMUTED_AFTER_FIRST + 1):
-            raise ValueError(f"state has arrangement {arrangement!r}; it must be from 0 to {PERMUTED_AFTER_FIRST}")
-        return Progress(epoch, position, set(missing), arrangement)
+        if not isinstance(permuted, bool):
+            raise ValueError(f"state has permuted {permuted!r}; it must be a bool")
+        return Progress(epoch, position, set(missing), permuted)
 
     def _reseed(self, seed: int) -> None:
         self._loader = dataclasses.replace(self._loader, seed=seed)  # type: ignore[type-var]  # both loaders are dataclasses

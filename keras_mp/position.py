@@ -5,8 +5,8 @@ handle: the first number that is asked in a pass gets the first batch of our ord
 and a number that is asked again gets its batch again. Keras asks each number once, so each batch is served once (P1),
 in our order (P2), and what comes next is always known.
 
-Our order is that of the plan. Where the plan does not shuffle and Keras does (the numbers do not come one after the
-other), it is a permutation of the batches that depends on (seed, epoch).
+Our order is that of the plan. Where the plan does not shuffle and Keras does (`fit(shuffle=True)`, or a pass begins
+with another number than the first), it is a permutation of the batches that depends on (seed, epoch).
 
 What is known of Keras, 3.12 to 3.16, and all that is relied on:
 
@@ -38,19 +38,18 @@ from keras_mp.seeds import Stream, seed_sequence
 
 BatchKey = tuple[int, int]  # epoch, batch
 
-# The order in which an epoch's batches come: the plan's, or permuted because Keras shuffles. Where that showed only at
-# a pass's second number, batch 0 has come first.
-PLANNED, PERMUTED, PERMUTED_AFTER_FIRST = 0, 1, 2
-
 
 @dataclasses.dataclass
 class Progress:
-    """How far through an epoch somebody is: all before `position` has been handed out, but for `missing`."""
+    """How far through an epoch somebody is: all before `position` has been handed out, but for `missing`.
+
+    `permuted`: the batches come in an order of their own, because Keras shuffles.
+    """
 
     epoch: int = 0
     position: int = 0
     missing: set[int] = dataclasses.field(default_factory=set)
-    arrangement: int = PLANNED
+    permuted: bool = False
 
     def copy(self) -> Progress:
         """A copy that goes its own way."""
@@ -143,7 +142,7 @@ class Asked(NamedTuple):
         run: the pass it belongs to; None: somebody looks at a batch outside of one.
         position: of the batch in its epoch's order.
         is_next: whether it is the next batch of the pass.
-        is_new: whether what comes next has changed with it: a pass begins, or turns out to be shuffled.
+        is_first: whether a pass begins with it.
         counts: whether it is handed out to whoever runs the pass.
     """
 
@@ -151,7 +150,7 @@ class Asked(NamedTuple):
     run: Pass | None = None
     position: int = 0
     is_next: bool = False
-    is_new: bool = False
+    is_first: bool = False
     counts: bool = False
 
 
@@ -227,7 +226,6 @@ class Position:
         self._begun_by: Call | None = None
         self._is_begun = False
         self._is_asked = False  # since the last `on_epoch_begin`, by whoever runs the pass
-        self._shuffles: dict[Call | None, bool] = {}
         self._made_at: dict[Call, int] = {}  # the instruction at which a call first made ready
         self._calls: list[Call] = []  # those that are not over and have run a pass
         self._read_by: dict[int, bool] = {}  # by thread: whether it was Keras that last read `num_batches` on it
@@ -280,9 +278,9 @@ class Position:
 
     def order(self, progress: Progress) -> Sequence[int]:
         """The batches of an epoch by position."""
-        if progress.arrangement == PLANNED:
+        if not progress.permuted:
             return range(self.count)
-        return _permuted(progress.arrangement, self.count, self._batch_root(), progress.epoch)
+        return _permuted(self.count, self._batch_root(), progress.epoch)
 
     def follow(self, progress: Progress) -> None:
         """`progress` is of whoever is handed out something now."""
@@ -314,7 +312,7 @@ class Position:
     def _or_next(self, progress: Progress) -> Progress:
         if progress.left(self.count):
             return progress
-        return Progress(progress.epoch + 1, arrangement=min(progress.arrangement, PERMUTED))
+        return Progress(progress.epoch + 1, permuted=progress.permuted)
 
     def _batch_root(self) -> int:
         if self.plan.num_shards > 1 and self.batch_seed is None:
@@ -365,7 +363,6 @@ class Position:
             return
         if self._pass is not None and not self._pass.is_complete:
             self._pass, self._is_begun = None, False  # it was given up
-        self._shuffles.pop(call, None)
         self._made_at = {made: at for made, at in self._made_at.items() if made.is_running}
         if call is not None:
             self._made_at[call] = call.at
@@ -380,20 +377,18 @@ class Position:
         if call is not None and call not in self._calls:
             self._calls = [*(other for other in self._calls if other.is_running), call]
         self._is_begun, self._begun_by, self._is_asked = True, call, False
-        self._shuffles = {known: self._shuffles[known] for known in (*self._calls, None) if known in self._shuffles}
         if not self.plan.is_ordered:
             self._batch_root()  # on this thread, where nobody else draws
 
     def expected(self) -> Progress | None:
-        """What the pass that is about to begin will go through, if that is known."""
+        """What the pass that is about to begin will go through, as far as can be told; None: none is about to."""
         run = self._pass
         if not self._is_begun or (run is not None and not run.is_complete):
             return None
-        base = self._start if run is None else Progress(run.base.epoch + 1)
-        if self._is_settled(base):
-            return base.copy()
-        shuffles = self._shuffles.get(self._begun_by)
-        return None if shuffles is None else dataclasses.replace(base.copy(), arrangement=int(shuffles))
+        base = self.start if run is None else Progress(run.base.epoch + 1)
+        if not self._is_settled(base):
+            base.permuted = self._is_shuffled(base.epoch)
+        return base
 
     def end(self, call: Call | None) -> bool:
         """`on_epoch_end` was called, from `call`; whether that ended an epoch."""
@@ -429,12 +424,11 @@ class Position:
         if run is None or not run.has(number, counts):
             return Asked(self.look(number))
         self._is_asked |= counts
-        is_new = is_first or self._turns_out_shuffled(run, number)
         position, is_next = run.place(number)
         if counts:
             run.ask(number, position)
         key = run.progress.epoch, self.order(run.progress)[position]
-        return Asked(key, run, position, is_next, is_new, counts)
+        return Asked(key, run, position, is_next, is_first, counts)
 
     def hand_out(self, asked: Asked) -> None:
         """What was asked for has been loaded and goes to whoever asked."""
@@ -451,7 +445,7 @@ class Position:
         run = self._passes.get(epoch)
         if run is None:
             return self.start if self.epoch == epoch else Progress(epoch)
-        progress = dataclasses.replace(run.base.copy(), arrangement=run.progress.arrangement)
+        progress = dataclasses.replace(run.base.copy(), permuted=run.progress.permuted)
         for position in run.served[:done]:
             progress.hand_out(position)
         return self._or_next(progress)
@@ -482,11 +476,8 @@ class Position:
             self._end_pass(self._pass)
         base, call = self.start, self._begun_by
         if not self._is_settled(base):
-            if number != self._number(0, stride):
-                self._shuffles[call] = True
-            base.arrangement = int(self._shuffles.get(call, False))
-        elif base.arrangement != PLANNED:
-            self._shuffles[call] = True
+            first = 0 if stride == 1 else self.plan.shard
+            base.permuted = number != first or self._is_shuffled(base.epoch)
         left = base.left(self.count)
         run = Pass(base, self.count, min(left, self.limit or left), stride, by_keras, call)
         self._pass, self._current = run, run.progress
@@ -511,28 +502,19 @@ class Position:
         self._pass, self._is_begun = None, False  # it was given up, or Keras left it open (`steps_per_epoch`)
         return None
 
+    def _is_shuffled(self, epoch: int) -> bool:
+        """Whether whoever has begun a pass over `epoch` shuffles, before the first number shows it."""
+        before = self._passes.get(epoch - 1)
+        if self._begun_by is not None:
+            return self._begun_by.shuffle
+        return before is not None and before.call is None and before.base.permuted
+
     def _is_settled(self, base: Progress) -> bool:
         """Whether its order does not depend on Keras."""
-        return self.plan.is_ordered or base.arrangement != PLANNED or base.position > 0
-
-    def _number(self, place: int, stride: int) -> int:
-        """The number that Keras asks for at `place` if it does not shuffle."""
-        return place if stride == 1 else self.plan.shard + place * stride
-
-    def _turns_out_shuffled(self, run: Pass, number: int) -> bool:
-        """Whether the second number of a pass shows that Keras shuffles."""
-        if len(run.served) != 1 or self._is_settled(run.base) or self._shuffles.get(run.call):
-            return False
-        self._shuffles[run.call] = number != self._number(1, run.stride)
-        if self._shuffles[run.call]:
-            run.base.arrangement = run.progress.arrangement = PERMUTED_AFTER_FIRST
-        return self._shuffles[run.call]
+        return self.plan.is_ordered or base.permuted or base.position > 0
 
 
 @functools.lru_cache(maxsize=4)
-def _permuted(arrangement: int, count: int, seed: int, epoch: int) -> Sequence[int]:
+def _permuted(count: int, seed: int, epoch: int) -> Sequence[int]:
     rng = np.random.Generator(np.random.PCG64(seed_sequence(Stream.BATCH_ORDER, seed, epoch)))
-    order = rng.permutation(count)
-    if arrangement == PERMUTED_AFTER_FIRST:
-        order = np.concatenate([[0], order[order != 0]])
-    return array.array("q", order.tolist())
+    return array.array("q", rng.permutation(count).tolist())

@@ -52,7 +52,7 @@ class Segment:
         ours = np.empty(min(data.nbytes, _PIECE_BYTES), dtype=np.uint8)
         for start in range(0, data.nbytes, _PIECE_BYTES):
             piece = data[start : start + _PIECE_BYTES]
-            if os.preadv(self.fd, [ours[: piece.nbytes]], offset + start) != piece.nbytes:
+            if os.preadv(self.fd, [ours[: piece.nbytes].data], offset + start) != piece.nbytes:
                 return False
             if not np.array_equal(ours[: piece.nbytes], piece):
                 return False
