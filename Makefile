@@ -6,6 +6,7 @@ VENV ?= .venv
 BENCH ?=
 KERAS ?=
 TESTS ?=
+SIDE_BY_SIDE ?= --numprocesses auto --maxprocesses 4 --dist worksteal
 BIN := $(VENV)/bin
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -46,12 +47,12 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 test-keras: $(VENV)/.installed-dev
 	@test -f "$(KERAS)/keras/src/version.py" || { echo "KERAS must be a checkout of keras, got '$(KERAS)'"; exit 2; }
 	PYTHONPATH="$(abspath $(KERAS))" $(BIN)/python -c 'import keras; print("Keras", keras.__version__, keras.__path__)'
-	PYTHONPATH="$(abspath $(KERAS))" $(BIN)/python -m pytest $(TESTS)
+	PYTHONPATH="$(abspath $(KERAS))" $(BIN)/python -m pytest $(SIDE_BY_SIDE) $(TESTS)
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks $(BENCH)
