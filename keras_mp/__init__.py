@@ -9,8 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from keras_mp.collate import empty
+    from keras_mp.callbacks import BackupAndRestore
     from keras_mp.dataset import PoolDataset, parallelize
+    from keras_mp.engines.processes import WorkerPool
     from keras_mp.errors import (
         BatchTimeout,
         KerasMPError,
@@ -20,8 +21,7 @@ if TYPE_CHECKING:
         TooManyFailures,
         WorkerCrashed,
     )
-    from keras_mp.pool import WorkerPool
-    from keras_mp.resume import BackupAndRestore
+    from keras_mp.loading.collate import empty
 
 __version__ = "0.1.0"
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import concurrent.futures
+import contextlib
 import math
 import operator
+import os
 import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from keras_mp.pool import WorkerPool
-from keras_mp.wire import short_repr
+from keras_mp.errors import short_repr
 
 
 def check_source(source: Any, name: str = "source") -> int:
@@ -121,19 +121,31 @@ def check_choice(value: Any, name: str, choices: tuple[Any, ...]) -> Any:
     return value
 
 
-def check_pool(pool: Any) -> Any:
-    """None, "keras", a WorkerPool or an executor.
+_MAX_WORKERS = 4096
+
+
+def usable_cores() -> int:
+    """Cores this process may use: its affinity, and its cgroup's CPU quota rounded up."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        with open("/sys/fs/cgroup/cpu.max") as file:
+            quota, period = file.read().split()
+        if quota != "max":
+            cores = min(cores, -(-int(quota) // int(period)))
+    return max(1, cores)
+
+
+def check_workers(workers: int | None) -> int:
+    """The number of workers that `workers` asks for.
 
     Raises:
-        TypeError: it is none of them.
+        ValueError, TypeError: it is not None or a whole number from 0 to 4096.
     """
-    if (
-        pool is None
-        or (isinstance(pool, str) and pool == "keras")
-        or isinstance(pool, WorkerPool | concurrent.futures.Executor)
-    ):
-        return pool
-    raise TypeError(
-        "pool must be None, 'keras', a keras_mp.WorkerPool or a concurrent.futures.Executor, got "
-        f"{short_repr(pool, 80)}"
-    )
+    if workers is None:
+        return usable_cores()
+    if isinstance(workers, bool) or not hasattr(workers, "__index__"):
+        raise TypeError(f"workers must be an int or None, got {workers!r}")
+    workers = operator.index(workers)
+    if not 0 <= workers <= _MAX_WORKERS:
+        raise ValueError(f"workers must be between 0 and {_MAX_WORKERS}, got {workers}; None takes the usable cores")
+    return workers

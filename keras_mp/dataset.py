@@ -8,10 +8,10 @@ from typing import Any
 import keras
 
 from keras_mp import checks
-from keras_mp.batching import ENDLESS, Batching
-from keras_mp.loaded import LoadedDataset, Pool
-from keras_mp.loading import BatchLoader, OnError, SampleLoader
-from keras_mp.wire import dump_user_object
+from keras_mp.bridge import LoadedDataset, Pool
+from keras_mp.loading.loader import BatchLoader, OnError, SampleLoader
+from keras_mp.memory.pickling import dump_user_object
+from keras_mp.plan.batching import ENDLESS, Batching
 
 
 class PoolDataset(LoadedDataset):

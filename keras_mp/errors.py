@@ -10,6 +10,8 @@ import dataclasses
 import traceback
 from typing import Any, cast
 
+import numpy as np
+
 __all__ = [
     "BatchTimeout",
     "KerasMPError",
@@ -128,3 +130,33 @@ def _text(self: SampleError) -> str:
 
 def _reduce(self: SampleError) -> tuple[Any, ...]:
     return sample_error, (self.failure, self.__cause__, self.note)
+
+
+def short_repr(value: Any, limit: int = 200) -> str:
+    """`repr` on one line of at most `limit` characters, with an array's shape and dtype in its place; never fails."""
+    try:
+        text = _describe(value, nested=False)
+    except Exception as error:  # a repr of the user's that fails must not hide the failure being reported
+        text = f"<{type(value).__name__} whose repr raised {type(error).__name__}>"
+    text = " ".join(line.strip() for line in text.splitlines())
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _describe(value: Any, nested: bool) -> str:
+    if hasattr(type(value), "__array__") and not isinstance(value, np.generic):
+        name = "array" if isinstance(value, np.ndarray) else type(value).__name__
+        shape = getattr(value, "shape", None)
+        if isinstance(shape, tuple) and shape:
+            return f"{name} of shape {tuple(shape)}, dtype {getattr(value, 'dtype', None)}"
+    if nested:
+        return repr(value)
+    if type(value) is dict:
+        return f"{{{', '.join(f'{key!r}: {_describe(part, True)}' for key, part in value.items())}}}"
+    if type(value) is list:
+        return f"[{', '.join(_describe(part, True) for part in value)}]"
+    if type(value) is tuple:
+        return f"({', '.join(_describe(part, True) for part in value)}{',' * (len(value) == 1)})"
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        parts = zip(value._fields, value, strict=False)
+        return f"{type(value).__name__}({', '.join(f'{name}={_describe(part, True)}' for name, part in parts)})"
+    return repr(value)

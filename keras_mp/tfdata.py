@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from keras_mp.batching import ENDLESS
-from keras_mp.checks import check_count
-from keras_mp.collate import with_tuples
+from keras_mp.checks import check_count, usable_cores
 from keras_mp.errors import KerasMPError
-from keras_mp.pool import usable_cores
+from keras_mp.loading.collate import with_tuples
+from keras_mp.plan.batching import ENDLESS
 
 try:
     import tensorflow as tf
@@ -29,7 +28,7 @@ except ImportError as error:
     ) from error
 
 if TYPE_CHECKING:
-    from keras_mp.loaded import LoadedDataset
+    from keras_mp.bridge import LoadedDataset
 
 # One call into Python takes this many batches at most, and bytes.
 _MOST_TOGETHER = 8

@@ -72,7 +72,7 @@ def worker_pids() -> list[int]:
     found = []
     for child in psutil.Process().children(recursive=True):
         try:
-            if "keras_mp.worker" in child.cmdline():
+            if "keras_mp.workers.main" in child.cmdline():
                 found.append(child.pid)
         except psutil.Error:  # gone, or a zombie
             continue

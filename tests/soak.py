@@ -40,7 +40,7 @@ import numpy.typing as npt
 import psutil
 
 import keras_mp
-from keras_mp import dispatcher as dispatching
+from keras_mp.workers import dispatcher as dispatching
 from tests import census, episodes
 from tests.faults.common import digest
 from tests.soak_data import SIDE, transform

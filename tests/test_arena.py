@@ -16,9 +16,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keras_mp import arena, wire
-from keras_mp.arena import CONTROL_BYTES, NOT_STARTED, Arena, Lease, Slot, SlotMemory
-from keras_mp.segment import Segment, map_segment
+from keras_mp.memory import files, pickling
+from keras_mp.memory.control import CONTROL_BYTES, NOT_STARTED
+from keras_mp.memory.segment import Segment, map_segment
+from keras_mp.memory.slot_writer import SlotWriter
+from keras_mp.memory.slots import Arena, Lease, Slot
 
 Array = npt.NDArray[Any]
 
@@ -39,13 +41,13 @@ class _Worker:
 
     def __init__(self, slot: Slot) -> None:
         self._slot = slot
-        self.memory = SlotMemory(os.dup(slot.fd))
+        self.memory = SlotWriter(os.dup(slot.fd))
         self.memory.begin(slot.size)
 
     def answer(self, batch: Any) -> tuple[bytes, list[tuple[int, int]]]:
         """Encodes `batch` as the worker's main loop does, and tells the slot's new size."""
-        buffers: wire.Buffers = []
-        header = wire.dump_result(batch, buffers)
+        buffers: pickling.Buffers = []
+        header = pickling.dump_result(batch, buffers)
         places = [self.memory.put(buffer) for buffer in buffers]
         self._slot.size = self.memory.size
         return header, places
@@ -75,7 +77,7 @@ Connect = Callable[[Slot], _Worker]
 @given(st.lists(st.integers(0, 3 * mmap.PAGESIZE), max_size=12))
 def test_memory_is_aligned_disjoint_and_kept_while_the_slot_grows(sizes: list[int]) -> None:
     slot = Slot(0)
-    memory = SlotMemory(os.dup(slot.fd))
+    memory = SlotWriter(os.dup(slot.fd))
     try:
         memory.begin(slot.size)
         taken = [memory.take(size) for size in sizes]
@@ -137,17 +139,17 @@ def test_empty_arrays_take_no_slot_memory(slots: Arena, connect: Connect) -> Non
 
 def test_the_parent_sees_how_far_a_worker_is(slots: Arena, connect: Connect) -> None:
     lease = slots.acquire()
-    assert lease.progress() == (0, NOT_STARTED)
+    assert (lease.control.place, lease.control.position) == (0, NOT_STARTED)
     worker = connect(lease.slot)
-    worker.memory.note_sample(7)
-    assert lease.progress() == (0, 7)
-    worker.memory.note_batch(1)
-    assert lease.progress() == (1, NOT_STARTED)
-    worker.memory.note_sample(2)
-    assert lease.progress() == (1, 2)
+    worker.memory.begin_sample(7)
+    assert (lease.control.place, lease.control.position) == (0, 7)
+    worker.memory.begin_batch(1)
+    assert (lease.control.place, lease.control.position) == (1, NOT_STARTED)
+    worker.memory.begin_sample(2)
+    assert (lease.control.place, lease.control.position) == (1, 2)
     del lease
     gc.collect()
-    assert slots.acquire().progress() == (0, NOT_STARTED)
+    assert slots.acquire().control.position == NOT_STARTED
 
 
 @pytest.mark.parametrize("size", [10, 5 * mmap.PAGESIZE])
@@ -356,7 +358,7 @@ def test_no_memory_is_an_os_error_and_leaves_nothing(slots: Arena, monkeypatch: 
 @given(st.lists(st.binary(max_size=100), max_size=5))
 def test_segments_hold_their_buffers(data: list[bytes]) -> None:
     buffers = [pickle.PickleBuffer(part) for part in data]
-    places, size = wire.place_buffers(buffers)
+    places, size = files.place_buffers(buffers)
     segment = Segment(buffers, places, size)
     try:
         if size:
@@ -381,7 +383,7 @@ def test_an_empty_segment_holds_nothing() -> None:
 
 def test_memory_files_have_no_name(tmp_path: Path) -> None:  # P4, P7
     before = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
-    fd = arena.create_memory_file()
+    fd = files.create_memory_file()
     try:
         assert os.fstat(fd).st_nlink == 0
         assert not os.get_inheritable(fd)
@@ -392,7 +394,7 @@ def test_memory_files_have_no_name(tmp_path: Path) -> None:  # P4, P7
 
 def test_memory_files_where_the_system_has_no_memfd(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "memfd_create")
-    fd = arena.create_memory_file()
+    fd = files.create_memory_file()
     try:
         assert os.fstat(fd).st_nlink == 0
         os.ftruncate(fd, 100)

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keras_mp import batching
-from keras_mp.batching import Batching, keyed_permutation
+from keras_mp.plan import batching
+from keras_mp.plan.batching import Batching, keyed_permutation
 
 Indices = npt.NDArray[np.int64]
 

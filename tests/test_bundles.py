@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 import keras_mp
-from keras_mp.loading import BatchLoader, Request
-from keras_mp.messages import Done, Failed, Reply, Run
-from keras_mp.pool import PoolClient
-from keras_mp.task import Bundle
-from keras_mp.worker import Worker
+from keras_mp.engines.processes import PoolClient
+from keras_mp.loading.loader import BatchLoader
+from keras_mp.plan.request import Request
+from keras_mp.workers.jobs import Bundle
+from keras_mp.workers.main import Worker
+from keras_mp.workers.messages import Done, Failed, Reply, Run
 
 _BATCHES = 40
 

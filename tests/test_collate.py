@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from keras_mp.collate import Samples, Stack, allocating, empty
+from keras_mp.loading.collate import Samples, Stack, allocating, empty
 
 Array = npt.NDArray[Any]
 

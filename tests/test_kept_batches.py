@@ -12,7 +12,8 @@ import psutil
 import pytest
 
 import keras_mp
-from keras_mp.loading import Request, SampleLoader
+from keras_mp.loading.loader import SampleLoader
+from keras_mp.plan.request import Request
 
 Array = npt.NDArray[Any]
 _BATCHES = 60

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from keras_mp.errors import SampleFailure
-from keras_mp.loading import OnError, Request, SampleLoader, ignore_position
+from keras_mp.loading.loader import OnError, SampleLoader, ignore_position
+from keras_mp.plan.request import Request
 
 _KILLED = SampleFailure("transform", 12, "12", 0, 1, "WorkerCrashed", "ended by SIGSEGV", "", "two workers")
 

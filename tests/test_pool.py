@@ -16,8 +16,9 @@ import psutil
 import pytest
 
 import keras_mp
-from keras_mp import pool as pools
-from keras_mp.loading import Request, SampleLoader
+from keras_mp.checks import check_workers
+from keras_mp.loading.loader import SampleLoader
+from keras_mp.plan.request import Request
 from tests import transforms
 from tests.census import eventually, worker_pids
 
@@ -197,7 +198,7 @@ def test_workers_have_the_environment_they_need() -> None:
         "sigint": True,
         "stdin": "/dev/null",
         "path": sys.path,
-        "main": "keras_mp.worker",
+        "main": "keras_mp.workers.main",
         "cwd": os.getcwd(),
     }
 
@@ -320,12 +321,12 @@ def test_workers_cannot_change_the_source(pool: keras_mp.WorkerPool) -> None:
 
 def test_usable_cores_are_the_default() -> None:
     with keras_mp.WorkerPool() as pool:
-        assert pool.workers == pools.check_workers(None) <= len(os.sched_getaffinity(0))
+        assert pool.workers == check_workers(None) <= len(os.sched_getaffinity(0))
 
 
 def test_affinity_limits_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3})
-    assert pools.check_workers(None) == 1
+    assert check_workers(None) == 1
 
 
 def test_slots_are_reused_and_given_back(pool: keras_mp.WorkerPool) -> None:

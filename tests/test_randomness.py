@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from keras_mp.randomness import Generators, Key, Seeder, ThreadIsolation, takes_rng
-from keras_mp.seeds import Stream, seed_sequence
+from keras_mp.engines.isolation import ThreadIsolation
+from keras_mp.loading.randomness import Generators, Key, Seeder, takes_rng
+from keras_mp.plan.seeds import Stream, seed_sequence
 
 _GLOBAL = Generators()
 

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import keras_mp
-from keras_mp.loading import Loaded, Loader, Request
-from keras_mp.readahead import ReadAhead
+from keras_mp.engines.readahead import ReadAhead
+from keras_mp.loading.loader import Loaded, Loader
+from keras_mp.plan.request import Request
 
 Key = tuple[int, int]
 

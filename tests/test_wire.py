@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from keras_mp import wire
 from keras_mp.errors import KerasMPError
+from keras_mp.memory import files, frames, pickling
 
 Array = npt.NDArray[Any]
 
@@ -113,9 +113,9 @@ def _assert_same(actual: Any, expected: Any) -> None:
         assert pickle.dumps(actual) == pickle.dumps(expected)  # NaN is not equal to itself
 
 
-def _through_memory(header: bytes, buffers: wire.Buffers) -> Any:
+def _through_memory(header: bytes, buffers: pickling.Buffers) -> Any:
     """Decodes as a worker or the parent does: from one piece of memory with the buffers at their places."""
-    places, end = wire.place_buffers(buffers)
+    places, end = files.place_buffers(buffers)
     memory = np.zeros(end, dtype=np.uint8)
     for buffer, (offset, size) in zip(buffers, places, strict=True):
         memory[offset : offset + size] = np.frombuffer(buffer.raw(), np.uint8) if size else 0
@@ -124,15 +124,15 @@ def _through_memory(header: bytes, buffers: wire.Buffers) -> Any:
 
 @given(_NESTS)
 def test_results_survive(value: Any) -> None:
-    buffers: wire.Buffers = []
-    header = wire.dump_result(value, buffers)
+    buffers: pickling.Buffers = []
+    header = pickling.dump_result(value, buffers)
     _assert_same(_through_memory(header, buffers), value)
 
 
 @given(_NESTS)
 def test_user_objects_survive(value: Any) -> None:
-    buffers: wire.Buffers = []
-    header = wire.dump_user_object(value, "source", buffers)
+    buffers: pickling.Buffers = []
+    header = pickling.dump_user_object(value, "source", buffers)
     _assert_same(_through_memory(header, buffers), value)
 
 
@@ -151,8 +151,8 @@ def test_user_objects_survive(value: Any) -> None:
     ids=["bfloat16", "big-endian", "structured", "unicode", "object", "0-d", "empty", "masked"],
 )
 def test_special_arrays_survive(array: Array) -> None:
-    buffers: wire.Buffers = []
-    restored = _through_memory(wire.dump_result(array, buffers), buffers)
+    buffers: pickling.Buffers = []
+    restored = _through_memory(pickling.dump_result(array, buffers), buffers)
     assert type(restored) is type(array)
     assert restored.dtype == array.dtype
     assert restored.shape == array.shape
@@ -161,20 +161,20 @@ def test_special_arrays_survive(array: Array) -> None:
 
 def test_contiguous_memory_travels_out_of_band() -> None:
     array = np.zeros((1000, 1000))
-    buffers: wire.Buffers = []
-    assert len(wire.dump_result({"x": array, "y": array.T, "z": [array[10:20]]}, buffers)) < 1000
+    buffers: pickling.Buffers = []
+    assert len(pickling.dump_result({"x": array, "y": array.T, "z": [array[10:20]]}, buffers)) < 1000
     assert sum(buffer.raw().nbytes for buffer in buffers) == 2 * array.nbytes + array[10:20].nbytes
     assert np.shares_memory(np.frombuffer(buffers[0].raw()), array)
 
 
 @given(st.lists(st.binary(max_size=300)), st.integers(0, 1000))
 def test_buffers_are_aligned_and_do_not_overlap(data: list[bytes], start: int) -> None:
-    places, end = wire.place_buffers([pickle.PickleBuffer(part) for part in data], start)
+    places, end = files.place_buffers([pickle.PickleBuffer(part) for part in data], start)
     last = start
     for part, (offset, size) in zip(data, places, strict=True):
-        assert offset % wire.ALIGNMENT == 0
+        assert offset % files.ALIGNMENT == 0
         assert size == len(part)
-        assert last <= offset < last + wire.ALIGNMENT
+        assert last <= offset < last + files.ALIGNMENT
         last = offset + size
     assert end == last
 
@@ -186,7 +186,7 @@ def _frame(message: Any) -> bytes:
     left, right = socket.socketpair()
     with left, right:
         left.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-        wire.send(left, message)
+        frames.send(left, message)
         left.shutdown(socket.SHUT_WR)
         return b"".join(iter(lambda: right.recv(1 << 16), b""))
 
@@ -201,7 +201,7 @@ def test_frame_reader_takes_frames_split_anywhere(messages: list[Any], data: st.
     left, right = socket.socketpair()
     with left, right:
         right.setblocking(False)
-        reader, got = wire.FrameReader(right), list[Any]()
+        reader, got = frames.FrameReader(right), list[Any]()
         for start, stop in zip([0, *cuts], [*cuts, len(stream)], strict=True):
             left.sendall(stream[start:stop])
             got.extend(reader.frames())
@@ -217,7 +217,7 @@ def test_frame_reader_keeps_whole_frames_when_the_peer_dies_within_the_next() ->
         right.setblocking(False)
         left.sendall(_frame("one") + _frame("two") + _frame("three")[:-1])
         left.close()
-        reader = wire.FrameReader(right)
+        reader = frames.FrameReader(right)
         assert list(reader.frames()) == ["one", "two"]
         with pytest.raises(EOFError):
             list(reader.frames())
@@ -228,14 +228,14 @@ def test_long_frames(size: int) -> None:
     message = bytes(size)
     left, right = socket.socketpair()
     with left, right:
-        sender = threading.Thread(target=wire.send, args=(left, message))
+        sender = threading.Thread(target=frames.send, args=(left, message))
         sender.start()
-        assert wire.receive(right) == (message, [])
+        assert frames.receive(right) == (message, [])
         sender.join()
         right.setblocking(False)
-        sender = threading.Thread(target=wire.send, args=(left, message))
+        sender = threading.Thread(target=frames.send, args=(left, message))
         sender.start()
-        reader, got = wire.FrameReader(right), list[Any]()
+        reader, got = frames.FrameReader(right), list[Any]()
         while not got:
             got.extend(reader.frames())
         sender.join()
@@ -247,9 +247,9 @@ def test_descriptors_travel_with_their_frame(tmp_path: Path) -> None:
     path.write_bytes(b"content")
     left, right = socket.socketpair()
     with left, right, path.open("rb") as file:
-        wire.send(left, "first", [file.fileno()])
-        wire.send(left, "second")
-        first, second = wire.receive(right), wire.receive(right)
+        frames.send(left, "first", [file.fileno()])
+        frames.send(left, "second")
+        first, second = frames.receive(right), frames.receive(right)
         assert first is not None
         with open(first[1][0], "rb") as received:
             assert received.read() == b"content"
@@ -263,7 +263,7 @@ def test_receive_tells_a_peer_that_is_gone_at_any_byte(keep: int) -> None:
     with left, right:
         left.sendall(_frame("message")[:keep])
         left.close()
-        assert wire.receive(right) is None
+        assert frames.receive(right) is None
 
 
 # -- user objects ----------------------------------------------------------------------------------------------------
@@ -288,22 +288,22 @@ def test_functions_travel_by_value() -> None:
             return x * offset
 
     value = [lambda x: x - 1, closure, Local()]
-    data = wire.dump_user_object(value, "transform")
+    data = pickling.dump_user_object(value, "transform")
     assert _in_a_new_process(data, "[f(5) for f in value]") == "[4, 15, 50]"
 
 
 def test_what_main_defines_travels_by_value() -> None:
     namespace: dict[str, Any] = {"__name__": "__main__"}
     exec("scale = 3\nclass Scale:\n    def __call__(self, x):\n        return x * scale\n", namespace)
-    data = wire.dump_user_object(namespace["Scale"](), "transform")
+    data = pickling.dump_user_object(namespace["Scale"](), "transform")
     assert _in_a_new_process(data, "value(5)") == "15"
 
 
 def test_results_of_classes_by_value_survive() -> None:
     namespace: dict[str, Any] = {"__name__": "__main__", "np": np}
     exec("class Batch:\n    def __init__(self):\n        self.x = np.arange(1000.)\n", namespace)
-    buffers: wire.Buffers = []
-    header = wire.dump_result(namespace["Batch"](), buffers)
+    buffers: pickling.Buffers = []
+    header = pickling.dump_result(namespace["Batch"](), buffers)
     assert len(buffers) == 1
     np.testing.assert_array_equal(_through_memory(header, buffers).x, np.arange(1000.0))
 
@@ -323,7 +323,7 @@ class _BadRepr:
 )
 def test_what_cannot_be_pickled_is_named_with_the_way_out(value: Any) -> None:
     with pytest.raises(KerasMPError) as caught:
-        wire.dump_user_object(value, "transform")
+        pickling.dump_user_object(value, "transform")
     text = str(caught.value)
     assert text.startswith("transform cannot be sent to worker processes: TypeError: ")
     assert "Received transform=" in text
@@ -362,8 +362,8 @@ _VIEWS: dict[str, Any] = {
 def test_memmaps_are_opened_again_not_copied(npy: Path, view: Any, mode: Any) -> None:
     original = view(np.load(npy, mmap_mode=mode))
     assert isinstance(original, np.memmap)
-    buffers: wire.Buffers = []
-    data = wire.dump_user_object({"x": original}, "source", buffers)
+    buffers: pickling.Buffers = []
+    data = pickling.dump_user_object({"x": original}, "source", buffers)
     assert not buffers
     assert len(data) < 2000
     restored = pickle.loads(data)["x"]
@@ -373,7 +373,7 @@ def test_memmaps_are_opened_again_not_copied(npy: Path, view: Any, mode: Any) ->
 
 
 def test_reopened_memmap_lies_in_the_file(npy: Path) -> None:
-    data = wire.dump_user_object(np.load(npy, mmap_mode="r")[5:], "source")
+    data = pickling.dump_user_object(np.load(npy, mmap_mode="r")[5:], "source")
     in_maps = f"any({str(npy)!r} in line for line in open('/proc/self/maps'))"
     expected = int(np.load(npy)[5:].sum(dtype=np.float64))
     assert _in_a_new_process(data, f"{in_maps}, int(value.sum(dtype=float))") == f"True {expected}"
@@ -382,16 +382,16 @@ def test_reopened_memmap_lies_in_the_file(npy: Path) -> None:
 @pytest.mark.parametrize("reverse", [lambda m: m[::-1], lambda m: m[:0]], ids=["reversed", "empty"])
 def test_memmaps_that_cannot_be_opened_again_are_copied(npy: Path, reverse: Any) -> None:
     original = reverse(np.load(npy, mmap_mode="r"))
-    buffers: wire.Buffers = []
-    restored = _through_memory(wire.dump_user_object(original, "source", buffers), buffers)
+    buffers: pickling.Buffers = []
+    restored = _through_memory(pickling.dump_user_object(original, "source", buffers), buffers)
     np.testing.assert_array_equal(restored, original)
 
 
 def test_private_changes_of_a_memmap_travel(npy: Path) -> None:
     original = np.load(npy, mmap_mode="c")
     original[0, 0, 0] = -1
-    buffers: wire.Buffers = []
-    restored = _through_memory(wire.dump_user_object(original, "source", buffers), buffers)
+    buffers: pickling.Buffers = []
+    restored = _through_memory(pickling.dump_user_object(original, "source", buffers), buffers)
     assert restored[0, 0, 0] == -1
 
 
@@ -399,7 +399,7 @@ def test_a_computed_memmap_is_not_taken_for_the_file(npy: Path) -> None:
     """NumPy keeps the subclass, and sometimes the file name, on arrays that no longer stand on the file."""
     original = np.load(npy, mmap_mode="r")
     for computed in (original + 1, original.astype(np.float64), original.copy(), np.sqrt(original), original[[3, 1]]):
-        buffers: wire.Buffers = []
-        restored = _through_memory(wire.dump_user_object(computed, "source", buffers), buffers)
+        buffers: pickling.Buffers = []
+        restored = _through_memory(pickling.dump_user_object(computed, "source", buffers), buffers)
         assert restored.dtype == computed.dtype
         np.testing.assert_array_equal(restored, computed)

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 import keras_mp
-from keras_mp import seat
+from keras_mp.workers import handle as seat
 from tests.census import eventually, is_gone, worker_pids
 from tests.faults import scripts
 from tests.faults.common import digest, digests, harmed, undisturbed

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 import keras_mp
-from keras_mp import seat, starts
+from keras_mp.workers import handle as seat
+from keras_mp.workers import starts
 from tests.census import eventually
 from tests.faults import harm as harms
 from tests.faults.common import digests, harmed, undisturbed

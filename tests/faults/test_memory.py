@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 import keras_mp
-from keras_mp.dispatcher import _INLINE_SAMPLES
+from keras_mp.workers.dispatcher import _INLINE_SAMPLES
 from tests.census import eventually
 from tests.faults import scripts
 from tests.faults.common import digest, digests, harmed, undisturbed

@@ -19,48 +19,20 @@ import errno
 import mmap
 import os
 import pickle
-import sys
-import tempfile
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from keras_mp import wire
-
-CONTROL_BYTES = 64
-
-# Before Python 3.13 each mapping costs a descriptor of its own.
-_KEEP_NO_DESCRIPTOR: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
-# Control words: the place of the batch in the slot, the position of the sample in the batch, and when it began (ns of
-# the monotonic clock, which all processes share).
-_PLACE, _POSITION, _SINCE = 0, 1, 2
-NOT_STARTED = -1  # a position before the first sample
+from keras_mp.memory.control import CONTROL_BYTES, ControlWords
+from keras_mp.memory.files import create_memory_file, map_file, round_to_page
 
 # A slot is kept for reuse if it is likely to be needed: as many as have lately been in use together, so that steady
 # state creates none; but of those that a consumer has held and let go only a few, as it may have held a great many.
 _RECENT_LEASES = 128  # more than are in flight at once, as an epoch begins with none
 _LET_GO_TOGETHER = 4  # TensorFlow returns arrays several at a time
 _SPARE_SLOTS, _SPARE_BYTES = 8, 16 << 20  # and some more where they weigh little
-
-
-def create_memory_file() -> int:
-    """A new anonymous memory file's descriptor.
-
-    Raises:
-        OSError: no descriptor or memory is left.
-    """
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("keras_mp", os.MFD_CLOEXEC)
-    with tempfile.TemporaryFile() as file:  # already unlinked: macOS has no memfd
-        return os.dup(file.fileno())
-
-
-def round_to_page(size: int) -> int:
-    """The next multiple of the page size."""
-    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 class Slot:
@@ -141,20 +113,10 @@ class Lease:
         if self._memory.nbytes < self.slot.size:
             self._memory = self.slot.memory()
 
-    def restart(self) -> None:
-        """Forgets how far a worker had got."""
-        control = _control_words(self._memory)
-        control[_POSITION] = NOT_STARTED
-        control[_PLACE] = 0
-
-    def progress(self) -> tuple[int, int]:
-        """How far the worker is: the place in the slot of the batch it is at, and the position of the sample there."""
-        control = _control_words(self._memory)
-        return control[_PLACE], control[_POSITION]
-
-    def sample_since(self) -> float:
-        """When the sample in progress began, in seconds of `time.monotonic`."""
-        return _control_words(self._memory)[_SINCE] / 1e9
+    @property
+    def control(self) -> ControlWords:
+        """What the worker is at."""
+        return ControlWords(self._memory)
 
     def decode(self, header: bytes | tuple[int, int], places: Sequence[tuple[int, int]]) -> Any:
         """Unpickles a batch whose buffers lie at `places` (offset, bytes); its arrays alias the slot.
@@ -194,7 +156,7 @@ class Arena:
             self._numbers += 1
             self.slots[slot.number] = slot
         lease = Lease(slot, self._freed)
-        lease.restart()
+        lease.control.begin_batch(0)
         slot.in_flight = True
         self._in_use.add(self.lent)
         self._in_flight.add(sum(slot.in_flight for slot in self.slots.values()))
@@ -262,155 +224,3 @@ class _RecentMost:
     def most(self) -> int:
         """That number."""
         return max(self._now, self._before)
-
-
-class _Mapping:
-    """A part of a slot, as a worker has it mapped."""
-
-    def __init__(self, fd: int, start: int, size: int) -> None:
-        self.start = start
-        self.memory = map_file(fd, size, offset=start)
-        self.unheld()
-
-    def unheld(self) -> None:
-        """Says that nobody has an array in it now: every one of them would refer to `memory`."""
-        self._references = sys.getrefcount(self.memory)
-
-    @property
-    def is_held(self) -> bool:
-        """Whether somebody has."""
-        return sys.getrefcount(self.memory) > self._references
-
-    def holds(self, offset: int, size: int) -> bool:
-        """Whether this part of the slot lies in it."""
-        return self.start <= offset and offset + size <= self.start + self.memory.nbytes
-
-
-class SlotMemory:
-    """The worker's side of one slot: hands out aligned arrays in it, and knows which arrays lie in it."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        self.size = 0
-        self._end = CONTROL_BYTES
-        self._maps: list[_Mapping] = []
-        self._control: memoryview | None = None
-
-    def begin(self, size: int) -> None:
-        """Starts anew in a slot that is now `size` bytes long, in one mapping.
-
-        Raises:
-            OSError: memory is refused.
-        """
-        if self.size != size or len(self._maps) != 1:
-            self.size, self._control = 0, None
-            self._maps.clear()
-            self._maps.append(_Mapping(self._fd, 0, size))
-            self.size = size
-            self._control = _control_words(self._maps[0].memory)
-            self._maps[0].unheld()
-        self._end = CONTROL_BYTES
-
-    @property
-    def is_held(self) -> bool:
-        """Whether anybody still has an array in the slot."""
-        return any(mapping.is_held for mapping in self._maps)
-
-    def note_batch(self, place: int) -> None:
-        """Records that the batches before `place` in this slot are ready."""
-        if self._control is not None:
-            self._control[_POSITION] = NOT_STARTED
-            self._control[_PLACE] = place
-
-    def note_sample(self, position: int) -> None:
-        """Records which sample is being processed."""
-        if self._control is not None:
-            self._control[_SINCE] = time.monotonic_ns()
-            self._control[_POSITION] = position
-
-    def read(self, size: int) -> bytes:
-        """The `size` bytes behind the control words, also of a slot that could not be mapped."""
-        return os.pread(self._fd, size, CONTROL_BYTES)
-
-    def take(self, size: int) -> tuple[int, npt.NDArray[np.uint8]]:
-        """The next `size` bytes, aligned: their offset and the memory.
-
-        Raises:
-            OSError: the slot cannot grow.
-        """
-        offset = wire.align(self._end)
-        mapping = self._maps[-1]
-        if offset + size > self.size:
-            # Arrays handed out earlier point into the old mapping, so the new room gets a mapping of its own.
-            start = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-            new_size = round_to_page(offset + size + size // 8)
-            os.ftruncate(self._fd, new_size)
-            mapping = _Mapping(self._fd, start, new_size - start)
-            self._maps.append(mapping)
-            self.size = new_size
-        self._end = offset + size
-        return offset, mapping.memory[offset - mapping.start : offset - mapping.start + size]
-
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        """Like `np.empty`, in the slot.
-
-        Raises:
-            OSError: the slot cannot grow.
-        """
-        _, memory = self.take(wire.nbytes(shape, dtype))
-        return memory.view(dtype).reshape(shape) if memory.nbytes else np.empty(shape, dtype)
-
-    def put(self, buffer: pickle.PickleBuffer) -> tuple[int, int]:
-        """Where `buffer` lies in the slot: (offset, bytes). It is copied there only if it lies elsewhere.
-
-        Raises:
-            OSError: the slot cannot grow.
-        """
-        data = np.frombuffer(buffer.raw(), dtype=np.uint8) if buffer.raw().nbytes else np.empty(0, np.uint8)
-        address = data.ctypes.data
-        for mapping in self._maps:
-            base = mapping.memory.ctypes.data
-            if base <= address and address + data.nbytes <= base + mapping.memory.nbytes:
-                offset = mapping.start + address - base
-                if offset % wire.ALIGNMENT == 0 and data.nbytes:
-                    return offset, data.nbytes
-        offset, target = self.take(data.nbytes)
-        target[...] = data
-        return offset, data.nbytes
-
-    def copy(self, place: tuple[int, int]) -> tuple[int, int]:
-        """Copies what lies at `place` (offset, bytes) to a place of its own.
-
-        Raises:
-            OSError: the slot cannot grow.
-        """
-        data = self._at(place)
-        offset, target = self.take(place[1])
-        target[...] = data
-        return offset, place[1]
-
-    def bytes_at(self, place: tuple[int, int]) -> bytes:
-        """What lies at `place`."""
-        return self._at(place).tobytes()
-
-    def _at(self, place: tuple[int, int]) -> npt.NDArray[np.uint8]:
-        offset, size = place
-        for mapping in self._maps:
-            if mapping.holds(offset, size):
-                return mapping.memory[offset - mapping.start : offset - mapping.start + size]
-        raise ValueError(f"{place} lies in no mapping of the slot")
-
-    def close(self) -> None:
-        """Gives up the descriptor and the mappings; arrays that somebody holds stay valid."""
-        os.close(self._fd)
-        self._maps.clear()
-        self._control = None
-
-
-def map_file(fd: int, size: int, **options: int) -> npt.NDArray[np.uint8]:
-    """A file in memory as bytes; `options` are those of `mmap`."""
-    return np.frombuffer(mmap.mmap(fd, size, **options, **_KEEP_NO_DESCRIPTOR), dtype=np.uint8)
-
-
-def _control_words(memory: npt.NDArray[np.uint8]) -> memoryview:
-    return memory.data[:CONTROL_BYTES].cast("q")

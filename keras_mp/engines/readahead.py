@@ -6,9 +6,10 @@ import collections
 from collections.abc import Iterator
 from typing import Any
 
-from keras_mp.engines import Engine
+from keras_mp.engines.base import Engine
 from keras_mp.errors import PoolClosed
-from keras_mp.loading import Loaded, Request
+from keras_mp.loading.loader import Loaded
+from keras_mp.plan.request import Request
 
 Handles = dict[tuple[int, int], Any]
 

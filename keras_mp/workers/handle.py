@@ -5,13 +5,13 @@ from __future__ import annotations
 import collections
 import signal
 
-from keras_mp import wire
-from keras_mp.arena import NOT_STARTED
 from keras_mp.errors import BatchTimeout, WorkerCrashed
-from keras_mp.loading import SAMPLES_DONE
-from keras_mp.messages import EXIT_NO_DESCRIPTOR
-from keras_mp.spawn import KILL_GRACE_S, Process
-from keras_mp.task import Bundle, Fault, Job
+from keras_mp.loading.loader import SAMPLES_DONE
+from keras_mp.memory import frames
+from keras_mp.memory.control import NOT_STARTED
+from keras_mp.workers.jobs import Bundle, Fault, Job
+from keras_mp.workers.messages import EXIT_NO_DESCRIPTOR
+from keras_mp.workers.process import KILL_GRACE_S, Process
 
 EXIT_GRACE_S = 2.0  # what a worker gets to end by itself, or to finish a batch that nobody wants any more
 _START_TIMEOUT_S = 120.0
@@ -27,8 +27,8 @@ class Seat:
 
     def __init__(self, process: Process) -> None:
         self.process = process
-        self.frames = wire.FrameReader(process.sock)
-        self.writer = wire.FrameWriter(process.sock)
+        self.frames = frames.FrameReader(process.sock)
+        self.writer = frames.FrameWriter(process.sock)
         self.bundles: collections.deque[Bundle] = collections.deque()
         self.head_since = 0.0
         self.stopped_since: float | None = None

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import pathlib
 import signal
 import socket
 import subprocess
@@ -20,9 +21,9 @@ import threading
 import time
 from collections.abc import Mapping
 
-from keras_mp import wire
-from keras_mp.arena import create_memory_file
-from keras_mp.messages import Hello
+from keras_mp.memory import frames
+from keras_mp.memory.files import create_memory_file
+from keras_mp.workers.messages import Hello
 
 KILL_GRACE_S = 3.0  # what a killed process gets to be gone: giving back much memory takes a while
 _STDERR_TAIL_BYTES = 8192
@@ -42,7 +43,7 @@ def worker_environment(extra: Mapping[str, str] | None, threads: int) -> dict[st
 
     It must be complete before the process starts: BLAS and OpenMP read theirs when they are loaded.
     """
-    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    package = str(pathlib.Path(__file__).resolve().parents[2])
     path = (extra or os.environ).get("PYTHONPATH", os.environ.get("PYTHONPATH"))
     return {
         **os.environ,
@@ -76,7 +77,7 @@ class Process:
             inherited = (theirs.fileno(), lifeline, stderr)
             # exec, not fork: a copy of a process whose TensorFlow threads hold locks may never get them.
             self._popen = subprocess.Popen(
-                [sys.executable, "-P", "-m", "keras_mp.worker", *map(str, inherited)],
+                [sys.executable, "-P", "-m", "keras_mp.workers.main", *map(str, inherited)],
                 pass_fds=inherited,
                 stdin=subprocess.DEVNULL,
                 stderr=self._stderr_file,
@@ -86,7 +87,7 @@ class Process:
             self.pid = self._popen.pid
             undo.callback(self.end)
             with contextlib.suppress(OSError):  # it is dead already, and the end of its socket will tell
-                wire.send(self.sock, hello)
+                frames.send(self.sock, hello)
             self.sock.setblocking(False)
             undo.pop_all()
 

@@ -6,8 +6,6 @@ What happens inside, from queue to crash, is in `dispatcher`.
 from __future__ import annotations
 
 import atexit
-import contextlib
-import operator
 import os
 import threading
 import weakref
@@ -16,38 +14,11 @@ from typing import Any
 
 import numpy.typing as npt
 
-from keras_mp.dispatcher import Dispatcher
-from keras_mp.loading import Loaded, Loader, Request
-from keras_mp.task import Job, Task
-
-_MAX_WORKERS = 4096
-
-
-def usable_cores() -> int:
-    """Cores this process may use: its affinity, and its cgroup's CPU quota rounded up."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):
-        with open("/sys/fs/cgroup/cpu.max") as file:
-            quota, period = file.read().split()
-        if quota != "max":
-            cores = min(cores, -(-int(quota) // int(period)))
-    return max(1, cores)
-
-
-def check_workers(workers: int | None) -> int:
-    """The number of workers that `workers` asks for.
-
-    Raises:
-        ValueError, TypeError: it is not None or a whole number from 0 to 4096.
-    """
-    if workers is None:
-        return usable_cores()
-    if isinstance(workers, bool) or not hasattr(workers, "__index__"):
-        raise TypeError(f"workers must be an int or None, got {workers!r}")
-    workers = operator.index(workers)
-    if not 0 <= workers <= _MAX_WORKERS:
-        raise ValueError(f"workers must be between 0 and {_MAX_WORKERS}, got {workers}; None takes the usable cores")
-    return workers
+from keras_mp.checks import check_workers
+from keras_mp.loading.loader import Loaded, Loader
+from keras_mp.plan.request import Request
+from keras_mp.workers.dispatcher import Dispatcher
+from keras_mp.workers.jobs import Job, Task
 
 
 class WorkerPool:

@@ -3,7 +3,7 @@
 It imports NumPy, cloudpickle and the standard library, and whatever the user's code imports; never keras or tensorflow
 on its own account. It lives exactly as long as its parent wants it: see `die_with_parent`.
 
-Start: `python -P -m keras_mp.worker SOCKET LIFELINE STDERR`, three inherited descriptors. Until it says hello its
+Start: `python -P -m keras_mp.workers.main SOCKET LIFELINE STDERR`, three inherited descriptors. Until it says hello its
 stderr is a memory file, so that a start that fails can be reported with its cause; from then on it is the parent's own.
 """
 
@@ -23,12 +23,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from keras_mp import wire
-from keras_mp.arena import SlotMemory
-from keras_mp.collate import allocating
-from keras_mp.loading import Loaded, Loader, Request, ignore_position
-from keras_mp.messages import EXIT_NO_DESCRIPTOR, Done, Failed, Forget, Hello, Load, Reply, Run, failed_batch
-from keras_mp.segment import map_privately
+from keras_mp.loading.collate import allocating
+from keras_mp.loading.loader import Loaded, Loader, ignore_position
+from keras_mp.memory import frames, pickling
+from keras_mp.memory.segment import map_privately
+from keras_mp.memory.slot_writer import SlotWriter
+from keras_mp.plan.request import Request
+from keras_mp.workers.messages import EXIT_NO_DESCRIPTOR, Done, Failed, Forget, Hello, Load, Reply, Run, failed_batch
 
 # Frames longer than this go through the slot: the parent reads many workers' sockets, and a pickle in shared memory
 # costs it nothing until the batch is wanted.
@@ -47,7 +48,7 @@ class _Memory:
     the batch is in the training process.
     """
 
-    def __init__(self, slot: SlotMemory | None, batches_are_kept: bool = False) -> None:
+    def __init__(self, slot: SlotWriter | None, batches_are_kept: bool = False) -> None:
         self.slot = slot
         self.refused = ""
         self.batches_are_kept = batches_are_kept
@@ -67,12 +68,12 @@ class Worker:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._loaders: dict[int, Loader | BaseException] = {}
-        self._slots: dict[tuple[int, int], SlotMemory] = {}
+        self._slots: dict[tuple[int, int], SlotWriter] = {}
         self._keeping: set[int] = set()  # tasks whose code has kept an array in a slot beyond its batch
 
     def serve(self) -> None:
         """Answers requests until the parent closes the socket."""
-        while (received := wire.receive(self._sock)) is not None:
+        while (received := frames.receive(self._sock)) is not None:
             message, fds = received
             if isinstance(message, Load):
                 _check_received(len(fds) == len(message.sizes))
@@ -81,18 +82,18 @@ class Worker:
                 self._forget(message)
             else:
                 if fds:
-                    self._slots[message.task, message.slot] = SlotMemory(fds[0])
+                    self._slots[message.task, message.slot] = SlotWriter(fds[0])
                 _check_received(message.slot_size is None or (message.task, message.slot) in self._slots)
                 self._reply(self._run(message))
 
     def _reply(self, reply: Reply) -> None:
         try:
-            frame = wire.frame(reply)
+            frame = frames.frame(reply)
         except MemoryError as error:
             # Of several, each will be asked for alone.
             failed: list[Done | Failed] = [failed_batch(error)] if len(reply.batches) == 1 else []
-            frame = wire.frame(Reply(reply.number, failed, reply.slot_size))
-        wire.send_bytes(self._sock, frame)
+            frame = frames.frame(Reply(reply.number, failed, reply.slot_size))
+        frames.send_bytes(self._sock, frame)
 
     def _forget(self, message: Forget) -> None:
         if message.slots is None:
@@ -122,7 +123,7 @@ class Worker:
                 batch = _moved(batch, memory.slot)
             batches.append(batch)
             if slot is not None:
-                slot.note_batch(len(batches))
+                slot.begin_batch(len(batches))
         return Reply(run.number, batches, None if memory.slot is None else memory.slot.size, slot_is_held)
 
     def _load(self, task: int, request: Request, memory: _Memory, begun: float) -> Done | Failed:
@@ -130,7 +131,7 @@ class Worker:
             loader = self._loaders[task]
             if isinstance(loader, BaseException):
                 raise loader
-            note = memory.slot.note_sample if memory.slot else ignore_position
+            note = memory.slot.begin_sample if memory.slot else ignore_position
             with allocating(memory.allocate):
                 loaded = loader.load(request, note, loader.generators.seed)
         except BaseException as error:  # SystemExit and KeyboardInterrupt in user code are failures of user code
@@ -141,7 +142,7 @@ class Worker:
             return failed_batch(error, request, "result")
 
 
-def _begin(run: Run, slot: SlotMemory | None, batches_are_kept: bool) -> tuple[_Memory, list[Request]]:
+def _begin(run: Run, slot: SlotWriter | None, batches_are_kept: bool) -> tuple[_Memory, list[Request]]:
     requests = run.requests
     if isinstance(requests, int):
         if slot is None:
@@ -190,8 +191,8 @@ def _unpack(message: Load, fds: list[int]) -> Loader | BaseException:
 
 
 def _encode(loaded: Loaded, memory: _Memory, begun: float) -> Done:
-    buffers: wire.Buffers = []
-    header = wire.dump_result(loaded.batch, buffers)
+    buffers: pickling.Buffers = []
+    header = pickling.dump_result(loaded.batch, buffers)
     slot = memory.slot
     if slot is not None:
         try:
@@ -204,7 +205,7 @@ def _encode(loaded: Loaded, memory: _Memory, begun: float) -> Done:
     return Done(header, payload, loaded.failures, time.perf_counter() - begun, memory.refused or "no slot")
 
 
-def _moved(batch: Done | Failed, slot: SlotMemory) -> Done | Failed:
+def _moved(batch: Done | Failed, slot: SlotWriter) -> Done | Failed:
     """The batch at places of its own, apart from the arrays in the slot that user code has kept."""
     if isinstance(batch, Failed):
         return batch
@@ -248,7 +249,7 @@ def main(arguments: list[str]) -> None:
     sock_fd, lifeline, stderr = map(int, arguments)
     die_with_parent(lifeline)
     sock = socket.socket(fileno=sock_fd)
-    frame = wire.receive(sock)
+    frame = frames.receive(sock)
     if frame is None:
         return
     hello: Hello = frame[0]
@@ -265,7 +266,7 @@ def main(arguments: list[str]) -> None:
     if said:  # by a sitecustomize, or the interpreter
         os.write(2, said)
     faulthandler.enable()
-    wire.send(sock, os.getpid())
+    frames.send(sock, os.getpid())
     try:
         Worker(sock).serve()
     except (ConnectionError, BrokenPipeError):
@@ -274,6 +275,6 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     # `-m` runs this file as `__main__`; messages must be of the classes that the parent imported.
-    from keras_mp.worker import main as imported_main
+    from keras_mp.workers.main import main as imported_main
 
     imported_main(sys.argv[1:])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from keras_mp.seat import INNOCENT_EXITS, Seat
+from keras_mp.workers.handle import INNOCENT_EXITS, Seat
 
 _TRIES = 3
 _PATIENCE_S = 30.0  # for starts that somebody's SIGKILL ends, say the system's, short of memory

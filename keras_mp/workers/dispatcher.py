@@ -38,14 +38,14 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from keras_mp.arena import Lease
 from keras_mp.errors import KerasMPError, PoolClosed, WorkerCrashed
-from keras_mp.loading import Request
-from keras_mp.messages import Done, Forget, Reply, Run
-from keras_mp.seat import EXIT_GRACE_S, Seat
-from keras_mp.spawn import KILL_GRACE_S, Process, worker_environment
-from keras_mp.starts import Starts
-from keras_mp.task import Bundle, Job, Task
+from keras_mp.memory.slots import Lease
+from keras_mp.plan.request import Request
+from keras_mp.workers.handle import EXIT_GRACE_S, Seat
+from keras_mp.workers.jobs import Bundle, Job, Task
+from keras_mp.workers.messages import Done, Forget, Reply, Run
+from keras_mp.workers.process import KILL_GRACE_S, Process, worker_environment
+from keras_mp.workers.starts import Starts
 
 _TICK_S = 0.5
 _EOF_GRACE_S = 1.0  # a process that ends closes its socket a moment earlier

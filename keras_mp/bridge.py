@@ -28,17 +28,21 @@ import keras
 import numpy as np
 
 from keras_mp import checks, exits
-from keras_mp.batching import Batching
 from keras_mp.callers import current_call, is_keras
-from keras_mp.collate import with_tuples
-from keras_mp.engines import Engine, ExecutorEngine, InlineEngine
-from keras_mp.errors import PoolClosed, SampleError, SampleFailure
-from keras_mp.failures import FailureLog
-from keras_mp.loading import Loaded, Loader, Request
-from keras_mp.pool import WorkerPool, check_workers, shared_pool
-from keras_mp.position import Asked, BatchKey, Position, Progress
-from keras_mp.readahead import Handles, ReadAhead
-from keras_mp.threads import ThreadsEngine
+from keras_mp.checks import check_workers
+from keras_mp.engines.base import Engine
+from keras_mp.engines.executor import ExecutorEngine
+from keras_mp.engines.inline import InlineEngine
+from keras_mp.engines.processes import WorkerPool, shared_pool
+from keras_mp.engines.readahead import Handles, ReadAhead
+from keras_mp.engines.threads import ThreadsEngine
+from keras_mp.errors import PoolClosed, SampleError, SampleFailure, short_repr
+from keras_mp.loading.collate import with_tuples
+from keras_mp.loading.failures import FailureLog
+from keras_mp.loading.loader import Loaded, Loader
+from keras_mp.plan.batching import Batching
+from keras_mp.plan.position import Asked, BatchKey, Position, Progress
+from keras_mp.plan.request import Request
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -72,7 +76,7 @@ class LoadedDataset(keras.utils.PyDataset):
         pool: Pool,
         max_failures: float | None = None,
     ) -> None:
-        checks.check_pool(pool)
+        _check_pool(pool)
         max_queue_size = checks.check_count(max_queue_size, "max_queue_size")
         if isinstance(pool, WorkerPool):
             if workers not in (None, pool.workers) or not use_multiprocessing:
@@ -696,3 +700,21 @@ def _keras_shards() -> tuple[int, int]:
     if not getattr(distribution, "auto_shard_dataset", False):
         return 1, 0
     return getattr(distribution, "num_data_shards", 1), getattr(distribution, "data_shard_id", 0)
+
+
+def _check_pool(pool: Any) -> Any:
+    """None, "keras", a WorkerPool or an executor.
+
+    Raises:
+        TypeError: it is none of them.
+    """
+    if (
+        pool is None
+        or (isinstance(pool, str) and pool == "keras")
+        or isinstance(pool, WorkerPool | concurrent.futures.Executor)
+    ):
+        return pool
+    raise TypeError(
+        "pool must be None, 'keras', a keras_mp.WorkerPool or a concurrent.futures.Executor, got "
+        f"{short_repr(pool, 80)}"
+    )

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from keras_mp.loading import Request
-from keras_mp.seeds import Stream, seed_sequence
+from keras_mp.plan.request import Request
+from keras_mp.plan.seeds import Stream, seed_sequence
 
 Indices = npt.NDArray[np.int64]
 Order = Callable[[int, np.random.Generator], Any]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from keras_mp.arena import create_memory_file, map_file
+from keras_mp.memory.files import create_memory_file, map_file
 
 _PIECE_BYTES = 1 << 18  # compared at once
 

@@ -15,12 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from keras_mp import wire
-from keras_mp.arena import NOT_STARTED, Arena, Lease
-from keras_mp.errors import KerasMPError, PoolClosed, SampleFailure
-from keras_mp.loading import Loaded, Loader, Request, SampleLoader
-from keras_mp.messages import Done, Failed, Load, error_of
-from keras_mp.segment import Segment
+from keras_mp.errors import KerasMPError, PoolClosed, SampleFailure, short_repr
+from keras_mp.loading.loader import Loaded, Loader, SampleLoader
+from keras_mp.memory import files, pickling
+from keras_mp.memory.control import NOT_STARTED
+from keras_mp.memory.segment import Segment
+from keras_mp.memory.slots import Arena, Lease
+from keras_mp.plan.request import Request
+from keras_mp.workers.messages import Done, Failed, Load, error_of
 
 # Buffers from this size on are kept apart, so that an epoch that changes only an index array does not copy the images.
 _LARGE_BYTES = 1 << 20
@@ -76,18 +78,18 @@ class Task:
         Raises:
             KerasMPError: something in it cannot be pickled.
         """
-        buffers: wire.Buffers = []
+        buffers: pickling.Buffers = []
         try:
-            body = wire.dump_user_object(loader, "dataset", buffers)
+            body = pickling.dump_user_object(loader, "dataset", buffers)
         except KerasMPError:
             for field in dataclasses.fields(loader):  # type: ignore[arg-type]  # say which part it is
-                wire.dump_user_object(getattr(loader, field.name), field.name)
+                pickling.dump_user_object(getattr(loader, field.name), field.name)
             raise
         is_large = [buffer.raw().nbytes >= _LARGE_BYTES for buffer in buffers]
         large = [buffer for buffer, big in zip(buffers, is_large, strict=True) if big]
         small = [pickle.PickleBuffer(body)] + [buffer for buffer, big in zip(buffers, is_large, strict=True) if not big]
-        small_places, small_size = wire.place_buffers(small)
-        large_places, large_size = wire.place_buffers(large)
+        small_places, small_size = files.place_buffers(small)
+        large_places, large_size = files.place_buffers(large)
         message = Load(
             task=self.number,
             version=self.version,
@@ -171,7 +173,7 @@ class Task:
         return SampleFailure(
             stage=self._stage,
             index=index,
-            item=wire.short_repr(item) if _is_plain(item) else "not read",
+            item=short_repr(item) if _is_plain(item) else "not read",
             epoch=request.epoch,
             batch=request.batch,
             type=kind,
@@ -311,12 +313,12 @@ class Job:
 
     def position(self) -> int:
         """Position of the sample that the worker is at, `NOT_STARTED` or `SAMPLES_DONE`."""
-        place, position = (0, NOT_STARTED) if self.lease is None else self.lease.progress()
-        return position if place == self.place else NOT_STARTED
+        control = None if self.lease is None else self.lease.control
+        return NOT_STARTED if control is None or control.place != self.place else control.position
 
     def sample_since(self) -> float:
         """When that sample began, in seconds of `time.monotonic`."""
-        return 0.0 if self.lease is None else self.lease.sample_since()
+        return 0.0 if self.lease is None else self.lease.control.sample_since
 
     def leave_out(self, position: int, kind: str, faults: Sequence[str]) -> None:
         """Goes on without a sample, which is listed as failed."""
@@ -328,7 +330,7 @@ class Job:
     @property
     def is_finished(self) -> bool:
         """Whether the worker was done with this batch, though its reply has not come."""
-        return self.lease is not None and self.lease.progress()[0] > self.place
+        return self.lease is not None and self.lease.control.place > self.place
 
     @property
     def name(self) -> str:

@@ -11,9 +11,9 @@ import os
 import pickle
 from typing import NamedTuple
 
-from keras_mp import wire
 from keras_mp.errors import KerasMPError, SampleError, SampleFailure, sample_error
-from keras_mp.loading import Request
+from keras_mp.memory import pickling
+from keras_mp.plan.request import Request
 
 # The exit code of a worker to which the kernel could give no descriptor.
 EXIT_NO_DESCRIPTOR = os.EX_TEMPFAIL
@@ -118,7 +118,7 @@ def _dump_exception(error: BaseException | None) -> bytes | None:
     if error is None:
         return None
     try:
-        data = wire.dump_result(error, [])
+        data = pickling.dump_result(error, [])
         pickle.loads(data)
         return data
     except Exception:

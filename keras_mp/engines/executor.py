@@ -1,8 +1,4 @@
-"""Where a batch is loaded: in this thread, on threads, on an executor, or on a worker pool. Rooms with the same door.
-
-`submit` takes a request and returns a handle at once, `result` waits for that handle's batch. Which engine it is makes
-no difference to the batch (P2).
-"""
+"""Loading on a `concurrent.futures.Executor` of the user's."""
 
 from __future__ import annotations
 
@@ -12,82 +8,16 @@ import hashlib
 import pickle
 import threading
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-from keras_mp import wire
+from keras_mp.engines.base import load_alone
+from keras_mp.engines.isolation import ThreadIsolation
+from keras_mp.engines.threads import ThreadLoader
 from keras_mp.errors import KerasMPError, PoolClosed
-from keras_mp.loading import Loaded, Loader, Request, ignore_position
-from keras_mp.messages import Failed, error_of, failed_batch
-from keras_mp.owned import owned
-from keras_mp.randomness import ThreadIsolation
-from keras_mp.threads import ThreadLoader
-
-
-class Engine(Protocol):
-    """A place where batches are loaded."""
-
-    @property
-    def bundle_size(self) -> int:
-        """How many requests had better travel together: more than one where a batch takes no longer than asking."""
-
-    def submit(self, requests: Sequence[Request]) -> Sequence[Any]:
-        """Asks for batches; returns a handle for each."""
-
-    def is_ready(self, handle: Any) -> bool:
-        """Whether `result` would return, or raise, at once."""
-
-    def result(self, handle: Any) -> Loaded:
-        """Waits for the batch of `handle`. Once for each handle."""
-
-    def cancel(self, handle: Any) -> None:
-        """Nobody will ask for the result of `handle`."""
-
-    def update(self, loader: Loader) -> bool | None:
-        """Uses `loader` for the requests that follow; whether it differs from the one before (None: not known)."""
-
-    def close(self) -> None:
-        """Gives up what the engine holds."""
-
-    def stats(self) -> dict[str, Any]:
-        """Numbers about the engine."""
-
-
-def load_alone(loader: Loader, request: Request) -> Loaded:
-    """Loads a batch in this thread, leaving the generators that it draws from as they were."""
-    if not loader.runs_user_code:
-        return loader.load(request, ignore_position, None)
-    with loader.generators.restored():
-        return owned(loader.load(request, ignore_position, loader.generators.seed), loader)[0]
-
-
-class InlineEngine:
-    """Loads in the calling thread, when the batch is asked for."""
-
-    bundle_size = 1
-
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader.renewed()
-
-    def submit(self, requests: Sequence[Request]) -> Sequence[Request]:
-        return requests
-
-    def is_ready(self, handle: Request) -> bool:
-        return False
-
-    def result(self, handle: Request) -> Loaded:
-        return load_alone(self._loader, handle)
-
-    def cancel(self, handle: Request) -> None:
-        pass
-
-    def update(self, loader: Loader) -> None:
-        self._loader = loader.renewed()
-
-    def close(self) -> None:
-        pass
-
-    def stats(self) -> dict[str, Any]:
-        return {"engine": "in-process"}
+from keras_mp.loading.loader import Loaded, Loader
+from keras_mp.memory import pickling
+from keras_mp.plan.request import Request
+from keras_mp.workers.messages import Failed, error_of, failed_batch
 
 
 class ExecutorEngine:
@@ -190,7 +120,7 @@ class _Load:
     def pack(self, loader: Loader) -> None:
         """Pickles the loader as it is now."""
         try:
-            self._packed = wire.dump_user_object(loader, "dataset")
+            self._packed = pickling.dump_user_object(loader, "dataset")
         except KerasMPError as error:  # which matters only if the executor pickles its tasks
             self._packed = error
 

@@ -32,9 +32,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from keras_mp.batching import Batching
 from keras_mp.callers import Call
-from keras_mp.seeds import Stream, seed_sequence
+from keras_mp.plan.batching import Batching
+from keras_mp.plan.seeds import Stream, seed_sequence
 
 BatchKey = tuple[int, int]  # epoch, batch
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_mp.loading import Loaded, Loader, SampleLoader
+from keras_mp.loading.loader import Loaded, Loader, SampleLoader
 
 
 def owned(loaded: Loaded, loader: Loader) -> tuple[Loaded, list[int]]:

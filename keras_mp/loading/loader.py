@@ -16,16 +16,16 @@ import copy
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from keras_mp import collate as collating
-from keras_mp.errors import SampleFailure, sample_error
-from keras_mp.randomness import Generators, Key, Seeder, takes_rng
-from keras_mp.seeds import Stream, seed_sequence
-from keras_mp.wire import short_repr
+from keras_mp.errors import SampleFailure, sample_error, short_repr
+from keras_mp.loading import collate as collating
+from keras_mp.loading.randomness import Generators, Key, Seeder, takes_rng
+from keras_mp.plan.request import Request
+from keras_mp.plan.seeds import Stream, seed_sequence
 
 OnError = Literal["raise", "skip", "replace"]
 
@@ -34,23 +34,6 @@ OnError = Literal["raise", "skip", "replace"]
 _MAX_SUBSTITUTES = 256
 
 SAMPLES_DONE = -2  # the position that is noted when all samples have been read, and the batch is put together
-
-
-class Request(NamedTuple):
-    """Which batch is wanted: its epoch, its number, and the source indices of its samples in order.
-
-    `repeats` says, for an order in which samples come more than once, how often each came before in the epoch.
-    `substitutes` are samples of the epoch that may be served where all of these fail; None: any of the source. `failed`
-    gives the positions of samples that are known to have failed, say because they ended their workers: they are not
-    read again. (Positions behind those of `samples` are those of substitutes, see `SampleLoader.index_at`.)
-    """
-
-    epoch: int
-    batch: int
-    samples: Sequence[int]
-    repeats: Sequence[int] = ()
-    substitutes: Sequence[int] | None = None
-    failed: tuple[tuple[int, SampleFailure], ...] = ()
 
 
 class Loaded(NamedTuple):

@@ -17,10 +17,12 @@ from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from typing import Any
 
+from keras_mp.engines.isolation import MustRunAlone, ThreadIsolation
 from keras_mp.errors import PoolClosed
-from keras_mp.loading import Loaded, Loader, Request, ignore_position
-from keras_mp.owned import owned
-from keras_mp.randomness import MustRunAlone, Seeder, ThreadIsolation
+from keras_mp.loading.loader import Loaded, Loader, ignore_position
+from keras_mp.loading.owned import owned
+from keras_mp.loading.randomness import Seeder
+from keras_mp.plan.request import Request
 
 _END_GRACE_S = 2.0  # what a thread gets to finish a batch that nobody wants any more
 _MOST_PLACES = 4096

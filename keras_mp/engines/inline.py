@@ -1,0 +1,40 @@
+"""Loading in the thread that asks for a batch, when it asks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from keras_mp.engines.base import load_alone
+from keras_mp.loading.loader import Loaded, Loader
+from keras_mp.plan.request import Request
+
+
+class InlineEngine:
+    """Loads in the calling thread, when the batch is asked for."""
+
+    bundle_size = 1
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader.renewed()
+
+    def submit(self, requests: Sequence[Request]) -> Sequence[Request]:
+        return requests
+
+    def is_ready(self, handle: Request) -> bool:
+        return False
+
+    def result(self, handle: Request) -> Loaded:
+        return load_alone(self._loader, handle)
+
+    def cancel(self, handle: Request) -> None:
+        pass
+
+    def update(self, loader: Loader) -> None:
+        self._loader = loader.renewed()
+
+    def close(self) -> None:
+        pass
+
+    def stats(self) -> dict[str, Any]:
+        return {"engine": "in-process"}

@@ -1,0 +1,63 @@
+"""Memory files: anonymous memory with a descriptor, mapped by parent and worker; and where things lie in them."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import pickle
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+ALIGNMENT = 64  # TensorFlow aliases host memory only at multiples of EIGEN_MAX_ALIGN_BYTES
+
+# Before Python 3.13 each mapping costs a descriptor of its own.
+_KEEP_NO_DESCRIPTOR: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+
+
+def create_memory_file() -> int:
+    """A new anonymous memory file's descriptor.
+
+    Raises:
+        OSError: no descriptor or memory is left.
+    """
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("keras_mp", os.MFD_CLOEXEC)
+    with tempfile.TemporaryFile() as file:  # already unlinked: macOS has no memfd
+        return os.dup(file.fileno())
+
+
+def round_to_page(size: int) -> int:
+    """The next multiple of the page size."""
+    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def map_file(fd: int, size: int, **options: int) -> npt.NDArray[np.uint8]:
+    """A file in memory as bytes; `options` are those of `mmap`."""
+    return np.frombuffer(mmap.mmap(fd, size, **options, **_KEEP_NO_DESCRIPTOR), dtype=np.uint8)
+
+
+def align(offset: int) -> int:
+    """The next multiple of `ALIGNMENT`."""
+    return -(-offset // ALIGNMENT) * ALIGNMENT
+
+
+def nbytes(shape: Sequence[int], dtype: np.dtype[Any]) -> int:
+    """Bytes of an array of this shape and dtype."""
+    return math.prod(shape) * dtype.itemsize
+
+
+def place_buffers(buffers: Sequence[pickle.PickleBuffer], start: int = 0) -> tuple[list[tuple[int, int]], int]:
+    """Lays `buffers` out one after the other, each aligned: their (offset, bytes), and the end."""
+    places, end = [], start
+    for buffer in buffers:
+        offset = align(end)
+        size = buffer.raw().nbytes
+        places.append((offset, size))
+        end = offset + size
+    return places, end

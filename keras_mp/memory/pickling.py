@@ -1,0 +1,111 @@
+"""Objects on their way between parent and worker: pickle protocol 5 with the bytes of arrays out of band.
+
+How functions and classes of the user's travel is the affair of `code`. `numpy.memmap` is sent as the place in its file,
+never as its bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import sys
+from typing import Any
+
+import numpy as np
+
+from keras_mp.errors import KerasMPError, short_repr
+from keras_mp.memory.code import CodePickler
+
+Buffers = list[pickle.PickleBuffer]
+
+
+def dump_result(value: Any, buffers: Buffers) -> bytes:
+    """Pickles what user code returned; contiguous array memory is appended to `buffers` instead of being copied."""
+    try:
+        return pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+    except Exception:  # of a class that exists only by value, say one the user defined in `__main__`
+        buffers.clear()
+        stream = io.BytesIO()
+        CodePickler(stream, buffers.append).dump(value)
+        return stream.getvalue()
+
+
+def dump_user_object(value: Any, name: str, buffers: Buffers | None = None) -> bytes:
+    """Pickles a source or function of the user's.
+
+    Raises:
+        KerasMPError: it cannot be pickled; the message names `name` and the way out.
+    """
+    stream = io.BytesIO()
+    try:
+        _UserPickler(stream, buffers.append if buffers is not None else None).dump(value)
+    except Exception as error:
+        raise KerasMPError(
+            f"{name} cannot be sent to worker processes: {type(error).__name__}: {error}\n"
+            f"Received {name}={short_repr(value)}. Create what cannot be pickled (open files, locks, database handles, "
+            "generators) inside the transform, at its first call in the worker; or use workers=0 or "
+            "use_multiprocessing=False, which send nothing."
+        ) from error
+    return stream.getvalue()
+
+
+class _UserPickler(CodePickler):
+    def reducer_override(self, obj: Any) -> Any:
+        keras = sys.modules.get("keras")
+        if keras is not None and isinstance(obj, type) and obj is keras.utils.PyDataset:
+            # A class defined in a script or notebook travels by value; its base need not cost the worker keras.
+            return _py_dataset_stand_in, ()
+        if isinstance(obj, np.memmap):
+            place = _memmap_place(obj)
+            if place is not None:
+                return _open_memmap, place
+            return np.asarray(obj).__reduce_ex__(5)
+        return super().reducer_override(obj)
+
+
+class PyDatasetStandIn:
+    """Stands for `keras.utils.PyDataset` as a base class in a worker, where only `[i]` is called."""
+
+    workers = 1
+    use_multiprocessing = False
+    max_queue_size = 10
+
+    def __init__(self, **options: Any) -> None:
+        self.__dict__.update(options)
+
+    @property
+    def num_batches(self) -> int:
+        """Number of batches."""
+        return len(self)  # type: ignore[arg-type]  # the subclass has it
+
+    def on_epoch_begin(self) -> None:
+        """Called in the training process only."""
+
+    def on_epoch_end(self) -> None:
+        """Called in the training process only."""
+
+
+def _py_dataset_stand_in() -> type:
+    keras = sys.modules.get("keras")
+    return PyDatasetStandIn if keras is None else keras.utils.PyDataset
+
+
+def _memmap_place(array: np.memmap[Any, Any]) -> tuple[Any, ...] | None:
+    """Where in which file `array` lies, or None if its bytes cannot be found there."""
+    if array.filename is None or array.mode == "c" or not array.size:
+        return None  # mode "c" holds private changes that the file does not have
+    root = array
+    while isinstance(root.base, np.memmap):
+        root = root.base
+    # A slice keeps its parent's `offset`, so the true one comes from the addresses.
+    start = root.offset + (array.ctypes.data - root.ctypes.data)
+    if min(array.strides, default=0) < 0:
+        return None
+    return os.path.abspath(array.filename), start, array.dtype, array.shape, array.strides
+
+
+def _open_memmap(path: str, start: int, dtype: np.dtype[Any], shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
+    span = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + dtype.itemsize
+    data: np.memmap[Any, Any] = np.memmap(path, dtype=np.uint8, mode="r", offset=start, shape=(span,))
+    return np.ndarray(shape, dtype, buffer=data, strides=strides)
