@@ -9,59 +9,41 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from keras_mp.callbacks import BackupAndRestore
-    from keras_mp.dataset import PoolDataset, parallelize
-    from keras_mp.engines.processes import WorkerPool
-    from keras_mp.errors import (
-        BatchTimeout,
-        KerasMPError,
-        PoolClosed,
-        SampleError,
-        SampleFailure,
-        TooManyFailures,
-        WorkerCrashed,
-    )
-    from keras_mp.loading.collate import empty
+    from keras_mp.callbacks import BackupAndRestore as BackupAndRestore
+    from keras_mp.dataset import PoolDataset as PoolDataset
+    from keras_mp.dataset import parallelize as parallelize
+    from keras_mp.engines.processes import WorkerPool as WorkerPool
+    from keras_mp.errors import *  # noqa: F403  # it says itself what is public
+    from keras_mp.loading.collate import empty as empty
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "BackupAndRestore": "resume",
-    "PoolDataset": "dataset",
-    "parallelize": "dataset",
-    "WorkerPool": "pool",
-    "empty": "collate",
-    "KerasMPError": "errors",
-    "SampleError": "errors",
-    "SampleFailure": "errors",
-    "WorkerCrashed": "errors",
-    "BatchTimeout": "errors",
-    "TooManyFailures": "errors",
-    "PoolClosed": "errors",
+_MODULES = {
+    "callbacks": ["BackupAndRestore"],
+    "dataset": ["PoolDataset", "parallelize"],
+    "engines.processes": ["WorkerPool"],
+    "loading.collate": ["empty"],
+    "errors": [
+        "BatchTimeout",
+        "KerasMPError",
+        "PoolClosed",
+        "SampleError",
+        "SampleFailure",
+        "TooManyFailures",
+        "WorkerCrashed",
+    ],
 }
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
-__all__ = [
-    "BackupAndRestore",
-    "BatchTimeout",
-    "KerasMPError",
-    "PoolClosed",
-    "PoolDataset",
-    "SampleError",
-    "SampleFailure",
-    "TooManyFailures",
-    "WorkerCrashed",
-    "WorkerPool",
-    "empty",
-    "parallelize",
-]
+__all__ = [*_MODULE_OF]
 
 
 def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
+    module = _MODULE_OF.get(name)
+    if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), *_MODULE_OF])

@@ -23,7 +23,7 @@ import keras
 import numpy as np
 
 from keras_mp import checks
-from keras_mp.bridge import LoadedDataset
+from keras_mp.loaded import LoadedDataset
 
 _DATA_FILE = "data.json"
 _SEEDS_FILE = "seeds.npz"

@@ -88,3 +88,11 @@ def is_keras(frame: FrameType | None, called: object) -> bool:
 def _methods() -> frozenset[CodeType]:
     methods = (getattr(keras.Model, name) for name in ("fit", "evaluate", "predict"))
     return frozenset(inspect.unwrap(method).__code__ for method in methods)
+
+
+def data_shards() -> tuple[int, int]:
+    """Among how many processes Keras divides datasets, from 3.16 on, and which of them this is."""
+    distribution = keras.distribution.distribution()
+    if not getattr(distribution, "auto_shard_dataset", False):
+        return 1, 0
+    return getattr(distribution, "num_data_shards", 1), getattr(distribution, "data_shard_id", 0)

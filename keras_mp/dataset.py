@@ -8,7 +8,8 @@ from typing import Any
 import keras
 
 from keras_mp import checks
-from keras_mp.bridge import LoadedDataset, Pool
+from keras_mp.engines.choice import EngineChoice, Pool
+from keras_mp.loaded import LoadedDataset
 from keras_mp.loading.loader import BatchLoader, OnError, SampleLoader
 from keras_mp.memory.pickling import dump_user_object
 from keras_mp.plan.batching import ENDLESS, Batching
@@ -109,15 +110,12 @@ class PoolDataset(LoadedDataset):
         super().__init__(
             loader,
             plan,
-            seed=seed,
-            workers=workers,
-            use_multiprocessing=use_multiprocessing,
-            max_queue_size=max_queue_size,
-            timeout=timeout,
-            pool=pool,
+            EngineChoice.of(workers, use_multiprocessing, pool, timeout),
+            seed_is_drawn=seed is None,
+            max_queue_size=checks.check_count(max_queue_size, "max_queue_size"),
             max_failures=checks.check_max_failures(max_failures),
         )
-        if self._processes and pool is None:
+        if self._choice.shares_pool:
             for name in ("transform", "collate", "batch_transform"):
                 dump_user_object(getattr(loader, name), name, [])
 
@@ -134,15 +132,15 @@ class PoolDataset(LoadedDataset):
         shard = f", shard={plan.shard} of {plan.num_shards}" if plan.num_shards > 1 else ""
         return (
             f"PoolDataset({plan.length} samples, {plan.num_batches} batches of {plan.batch_size}, "
-            f"shuffle={plan.shuffle}, seed={plan.seed}, epoch={self.epoch}, {self._workers_text()}{shard})"
+            f"shuffle={plan.shuffle}, seed={plan.seed}, epoch={self.epoch}, {self._choice}{shard})"
         )
 
 
 class _ParallelDataset(LoadedDataset):
     """What `parallelize` returns: an object whose `[i]` is a whole batch, its batches loaded by workers."""
 
-    def __init__(self, batches: Any, loader: BatchLoader, plan: Batching, **options: Any) -> None:
-        super().__init__(loader, plan, **options)
+    def __init__(self, batches: Any, loader: BatchLoader, plan: Batching, choice: EngineChoice, **options: Any) -> None:
+        super().__init__(loader, plan, choice, max_failures=None, **options)
         self._batches = batches
 
     def on_epoch_begin(self) -> None:
@@ -185,9 +183,7 @@ class _ParallelDataset(LoadedDataset):
         call()
         with self._lock:
             self._send_changes()
-            if self._ahead is not None:
-                self._ahead.renew()
-                self._outdated = None
+            self._prefetch.renew()
 
     @property
     def batch_axis(self) -> int | None:
@@ -197,7 +193,7 @@ class _ParallelDataset(LoadedDataset):
         count = "endless" if self._plan.is_endless else len(self)
         return (
             f"parallelize({type(self._batches).__name__}, {count} batches, seed={self._plan.seed}, "
-            f"epoch={self.epoch}, {self._workers_text()})"
+            f"epoch={self.epoch}, {self._choice})"
         )
 
 
@@ -240,12 +236,9 @@ def parallelize(
         py_dataset,
         loader,
         Batching(length, 1, seed=loader.seed),
-        seed=seed,
-        workers=workers,
-        use_multiprocessing=use_multiprocessing,
-        max_queue_size=max_queue_size,
-        timeout=timeout,
-        pool=pool,
+        EngineChoice.of(workers, use_multiprocessing, pool, timeout),
+        seed_is_drawn=seed is None,
+        max_queue_size=checks.check_count(max_queue_size, "max_queue_size"),
     )
 
 

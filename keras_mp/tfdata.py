@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Generator, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -26,9 +26,6 @@ except ImportError as error:
     raise ImportError(
         "to_tf_dataset() needs TensorFlow; install it with: pip install 'keras-mp[tensorflow]'"
     ) from error
-
-if TYPE_CHECKING:
-    from keras_mp.bridge import LoadedDataset
 
 # One call into Python takes this many batches at most, and bytes.
 _MOST_TOGETHER = 8
@@ -87,7 +84,25 @@ class _Spec:
         return _fill(self.structure, iter(tensors))
 
 
-def export(dataset: LoadedDataset, epochs: int, prefetch: int | None, element_spec: Any) -> tf.data.Dataset:
+class Exported(Protocol):
+    """What is asked of a dataset."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def batches_per_epoch(self) -> int: ...
+
+    @property
+    def batch_axis(self) -> int | None: ...
+
+    def first_batch(self) -> Any: ...
+
+    def stream(
+        self, epochs: int, claim: bool, together: int, convert: Callable[[Any], Any]
+    ) -> Generator[list[Any]]: ...
+
+
+def export(dataset: Exported, epochs: int, prefetch: int | None, element_spec: Any) -> tf.data.Dataset:
     """See `PoolDataset.to_tf_dataset`."""
     if prefetch is not None and prefetch != tf.data.AUTOTUNE:
         prefetch = check_count(prefetch, "prefetch", 0)
@@ -112,7 +127,7 @@ def export(dataset: LoadedDataset, epochs: int, prefetch: int | None, element_sp
         """Yields a new stream's number and length, once; TensorFlow drops this generator when its iterator is gone."""
         number = next(numbers)
         count = total if endless else total - per_epoch + len(dataset)
-        stream = streams[number] = dataset.stream(epochs, claim=True, together=together, convert=spec.convert)
+        stream = streams[number] = dataset.stream(epochs, True, together, spec.convert)
         try:
             yield number, count
         finally:

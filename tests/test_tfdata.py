@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 
 import keras_mp
-from keras_mp.bridge import LoadedDataset
+from keras_mp.loaded import LoadedDataset
 from tests import transforms
 from tests.census import eventually
 

@@ -22,183 +22,18 @@ caller holds one.
 from __future__ import annotations
 
 import array
-import dataclasses
 import functools
-import itertools
 import random
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from keras_mp.callers import Call
 from keras_mp.plan.batching import Batching
+from keras_mp.plan.passes import Asked, Call, Pass
+from keras_mp.plan.progress import BatchKey, Progress
 from keras_mp.plan.seeds import Stream, seed_sequence
-
-BatchKey = tuple[int, int]  # epoch, batch
-
-
-@dataclasses.dataclass
-class Progress:
-    """How far through an epoch somebody is: all before `position` has been handed out, but for `missing`.
-
-    `permuted`: the batches come in an order of their own, because Keras shuffles.
-    """
-
-    epoch: int = 0
-    position: int = 0
-    missing: set[int] = dataclasses.field(default_factory=set)
-    permuted: bool = False
-
-    def copy(self) -> Progress:
-        """A copy that goes its own way."""
-        return dataclasses.replace(self, missing=set(self.missing))
-
-    def left(self, count: int) -> int:
-        """How many of the epoch's `count` batches are left."""
-        return count - self.position + len(self.missing)
-
-    def positions(self, count: int) -> Iterator[int]:
-        """Those that are left, in order."""
-        return itertools.chain(sorted(self.missing), range(self.position, count))
-
-    def hand_out(self, position: int) -> None:
-        """The batch at `position` has been handed out."""
-        if position < self.position:
-            self.missing.discard(position)
-        else:
-            self.missing.update(range(self.position, position))
-            self.position = position + 1
-
-
-class Pass:
-    """One run of Keras (or of who calls the same methods) through what is left of an epoch.
-
-    Args:
-        base: what is left.
-        count: batches in a whole epoch.
-        length: how many of them this pass takes.
-        stride: among how many processes Keras divides the numbers.
-        by_keras: whether Keras runs it.
-        call: the call of `fit`, `evaluate` or `predict` that does, if any.
-    """
-
-    def __init__(self, base: Progress, count: int, length: int, stride: int, by_keras: bool, call: Call | None) -> None:
-        self.base = base
-        self.progress = base.copy()
-        self.length = length
-        self.stride = stride
-        self.by_keras = by_keras
-        self.call = call
-        self.served = array.array("q")  # positions, in the order in which whoever runs the pass has asked for them
-        self._count = count
-        self._places = array.array("q", [-1]) * (length * stride)  # by number: its position, or -1
-        self._asked = bytearray(length * stride)  # by number: whether whoever runs the pass has asked for it
-        self._order: Iterator[int] = itertools.islice(base.positions(count), length)
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether all batches of the pass have been handed out to whoever runs it."""
-        return self.base.left(self._count) - self.progress.left(self._count) >= self.length
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether it takes all that is left of its epoch."""
-        return self.length == self.base.left(self._count)
-
-    def has(self, number: int, counts: bool) -> bool:
-        """Whether `number` stands for a batch of the pass, or may; of several processes, others have most numbers."""
-        return 0 <= number < len(self._places) and (counts or self.stride == 1 or self._places[number] >= 0)
-
-    def place(self, number: int) -> tuple[int, bool]:
-        """The position that `number` stands for, and whether it has only now been given one."""
-        position = self._places[number]
-        if position >= 0:
-            return position, False
-        position = self._places[number] = next(self._order)
-        if position >= self.progress.position:  # given to a number is not yet handed out
-            self.progress.position = position + 1
-            self.progress.missing.add(position)
-        return position, True
-
-    def ask(self, number: int, position: int) -> None:
-        """Whoever runs the pass asks for `number`."""
-        if not self._asked[number]:
-            self._asked[number] = 1
-            self.served.append(position)
-
-    def rest(self) -> Iterator[int]:
-        """The positions that no number stands for yet."""
-        self._order, rest = itertools.tee(self._order)
-        return rest
-
-
-class Asked(NamedTuple):
-    """What a request for a number comes to.
-
-    Attributes:
-        key: epoch and batch.
-        run: the pass it belongs to; None: somebody looks at a batch outside of one.
-        position: of the batch in its epoch's order.
-        is_next: whether it is the next batch of the pass.
-        is_first: whether a pass begins with it.
-        counts: whether it is handed out to whoever runs the pass.
-    """
-
-    key: BatchKey
-    run: Pass | None = None
-    position: int = 0
-    is_next: bool = False
-    is_first: bool = False
-    counts: bool = False
-
-
-class Iteration:
-    """Somebody's way through the batches of one or more epochs, from what is left of the first on."""
-
-    def __init__(self, position: Position, base: Progress, epochs: int, attached: bool) -> None:
-        self.base = base
-        self.epochs = epochs
-        self._position = position
-        self._attached = attached
-        self._progress = base.copy()
-        if attached:
-            position.follow(self._progress)
-
-    def __len__(self) -> int:
-        """How many batches it has in all."""
-        return self.base.left(self._position.count) + (self.epochs - 1) * self._position.count
-
-    @property
-    def moves_the_dataset(self) -> bool:
-        """Whether the dataset goes where it goes; if not, somebody only looks, in the middle of a pass."""
-        return self._attached
-
-    def places(self) -> Iterator[tuple[int, int, BatchKey]]:
-        """Epoch and position of each batch, and its key."""
-        progress, position = self.base, self._position
-        for epoch in range(self.base.epoch, self.base.epoch + self.epochs):
-            if epoch != progress.epoch:
-                progress = Progress(epoch)
-            order = position.order(progress)
-            for place in progress.positions(position.count):
-                yield epoch, place, (epoch, order[place])
-
-    def hand_out(self, epoch: int, place: int) -> bool:
-        """The batch there has been handed out; whether it was its epoch's last."""
-        progress = self._progress
-        if epoch != progress.epoch:
-            self._progress = Progress(epoch)
-            if self._attached and self._position.follows(progress):
-                self._position.follow(self._progress)
-            progress = self._progress
-        progress.hand_out(place)
-        if progress.left(self._position.count):
-            return False
-        if self._attached:
-            self._position.finish(progress)
-        return True
 
 
 class Position:
@@ -323,20 +158,9 @@ class Position:
             self.batch_seed = generator.getrandbits(31)
         return self.batch_seed
 
-    # -- iterations ----------------------------------------------------------------------------------------------
-
-    def iterate(self, epochs: int = 1, claim: bool = False) -> Iteration:
-        """Begins an iteration; in the middle of a pass, one that leaves the dataset where it is.
-
-        Args:
-            epochs: how many epochs it takes.
-            claim: whether they are its own from now on: the next iteration takes those after them.
-        """
-        looks = self.in_pass
-        iteration = Iteration(self, self.start, epochs, attached=not looks)
-        if claim and not looks:
-            self._start = Progress(self.epoch + epochs)
-        return iteration
+    def claim(self, epochs: int) -> None:
+        """The current epoch and those after it, `epochs` in all, are an iteration's: who begins now takes the next."""
+        self._start = Progress(self.epoch + epochs)
 
     @property
     def in_pass(self) -> bool:
@@ -445,7 +269,8 @@ class Position:
         run = self._passes.get(epoch)
         if run is None:
             return self.start if self.epoch == epoch else Progress(epoch)
-        progress = dataclasses.replace(run.base.copy(), permuted=run.progress.permuted)
+        progress = run.base.copy()
+        progress.permuted = run.progress.permuted
         for position in run.served[:done]:
             progress.hand_out(position)
         return self._or_next(progress)

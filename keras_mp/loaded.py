@@ -1,0 +1,147 @@
+"""What a user can do with a dataset besides training on it: shards, states, export, numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Self
+
+from keras_mp import checks
+from keras_mp.bridge import Bridge
+from keras_mp.errors import SampleFailure
+from keras_mp.plan.progress import Progress
+from keras_mp.plan.state import check_version, dump_state, load_state
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+
+class LoadedDataset(Bridge):
+    """What `PoolDataset` and the result of `parallelize` have in common."""
+
+    # -- going on elsewhere --------------------------------------------------------------------------------------
+
+    def shard(self, num_shards: int, index: int) -> Self:
+        """This process's part of the dataset, for data-parallel training.
+
+        Shards are disjoint, cover every epoch, and have the same number of batches; see `batching` for which samples go
+        where. `batch_size` is the size on each shard.
+
+        Args:
+            num_shards: number of parts.
+            index: which one, from 0.
+
+        Raises:
+            ValueError: the index is out of range, or the samples cannot be divided into so many parts.
+        """
+        num_shards = checks.check_count(num_shards, "num_shards")
+        index = checks.check_count(index, "index", 0)
+        if index >= num_shards:
+            raise ValueError(f"index must be below num_shards={num_shards}, got {index}")
+        self._refuse_endless("shard()")
+        return self._part(self._plan.for_shard(num_shards, index))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where in its epochs the dataset is: plain numbers of constant size, fit for JSON.
+
+        What counts is what was handed out: by an iteration (also inside its loop), an export or a pass of Keras. In
+        `fit` on TensorFlow and in an export that runs ahead of what the model was trained on;
+        `keras_mp.BackupAndRestore` knows the difference for `fit(dataset)`.
+        """
+        self._refuse_endless("state_dict()")
+        with self._lock:
+            return self.state_of(self._position.current)
+
+    def state_of(self, progress: Progress) -> dict[str, Any]:
+        """The state of a dataset that has come as far as `progress`."""
+        return dump_state(progress, self._position.plan, type(self._loader).__name__, self._position.batch_seed)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes to where `state_dict()` was taken: the current epoch is then what was left of that one.
+
+        Iteration, `dataset[i]`, `len(dataset)`, the next pass of Keras and an export made now give the batches that
+        had not been handed out, bit for bit, whatever the number of workers. The epoch after that is whole again.
+        A dataset made with `seed=None` takes the seed of the state. An iteration that is under way raises
+        `RuntimeError` when it is asked for its next batch.
+
+        Args:
+            state: what `state_dict()` returned, for a dataset of the same source, seed and batches.
+
+        Raises:
+            ValueError: it is of another dataset or version; the message says which number differs.
+        """
+        self._refuse_endless("load_state_dict()")
+        check_version(state)
+        with self._lock:
+            if self._seed_is_drawn and "seed" in state:
+                self._reseed(checks.check_count(state["seed"], "seed", 0))
+            progress = load_state(state, self._position.plan, type(self._loader).__name__)
+            self._position.move(progress)
+            self._position.batch_seed = state.get("batch_seed")
+            self._prefetch.drop()
+
+    def _reseed(self, seed: int) -> None:
+        self._loader = dataclasses.replace(self._loader, seed=seed)  # type: ignore[type-var]  # both loaders are dataclasses
+        self._plan = dataclasses.replace(self._plan, seed=seed)
+        self._position.use(dataclasses.replace(self._position.plan, seed=seed))
+        self._seed_is_drawn = False
+        self._send_changes()
+
+    def _refuse_endless(self, what: str) -> None:
+        if self._plan.is_endless:
+            raise TypeError(
+                f"{what} has no meaning for a dataset that never ends (num_batches=None): it has no epoch to divide or "
+                "to go on with"
+            )
+
+    # -- export --------------------------------------------------------------------------------------------------
+
+    def to_tf_dataset(self, epochs: int = 1, prefetch: int | None = None, element_spec: Any = None) -> tf.data.Dataset:
+        """The same batches as a `tf.data.Dataset`, loaded ahead by the same workers and not copied.
+
+        Each iteration of the result is a new epoch of this dataset (or `epochs` of them one after the other, the next
+        one loading while the last batches of the one before are consumed). Its cardinality is known.
+
+        tf.data's autotuning is off in the result: nothing in it is to be tuned, and the tuner can hold up the end of an
+        epoch (docs/speed.md). A pipeline of your own behind it may switch it on again by `with_options`.
+
+        Args:
+            epochs: epochs in one iteration.
+            prefetch: batches that tf.data keeps ready besides those this dataset loads ahead (of small ones up to eight
+                more); None: `tf.data.AUTOTUNE`.
+            element_spec: nest of `tf.TensorSpec`, for batches whose shapes vary beyond the first axis; None: taken from
+                the first batch, with the batch axis unknown unless every batch has the same number of samples.
+
+        Returns:
+            A `tf.data.Dataset` of batches, in the structure that the dataset gives them (lists become tuples).
+
+        Raises:
+            ImportError: TensorFlow is not installed.
+            tf.errors.InvalidArgumentError: while iterating, a batch contradicts `element_spec`; it names the leaf.
+        """
+        from keras_mp import tfdata
+
+        return tfdata.export(self, checks.check_count(epochs, "epochs"), prefetch, element_spec)
+
+    @property
+    def batch_axis(self) -> int | None:
+        """Samples in every batch, or None if that varies."""
+        raise NotImplementedError
+
+    # -- numbers and ends ----------------------------------------------------------------------------------------
+
+    @property
+    def failures(self) -> list[SampleFailure]:
+        """The samples that failed and were left out or replaced: the last thousand, oldest first."""
+        return self._failures.kept
+
+    def stats(self) -> dict[str, Any]:
+        """Numbers so far: batches served, seconds waited for them, failures, and those of the engine."""
+        engine = {} if self._runtime is None else self._runtime.engine.stats()
+        return {
+            "epoch": self.epoch,
+            "batches": self._batches_served,
+            "wait_s": self._wait_s,
+            "failures": self._failures.total,
+            **engine,
+        }
