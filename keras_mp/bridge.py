@@ -23,8 +23,8 @@ from typing import Any, Self
 
 import keras
 
-from keras_mp import checks, exits
-from keras_mp.callers import current_call, data_shards, is_keras
+from keras_mp import auto_shard, exits
+from keras_mp.callers import current_call, is_keras, warn_of_keras_pool
 from keras_mp.engines.choice import EngineChoice, Running
 from keras_mp.engines.prefetch import Prefetch
 from keras_mp.errors import PoolClosed, SampleError
@@ -105,21 +105,17 @@ class Bridge(keras.utils.PyDataset):
         with self._lock:
             if self._plan.is_endless:
                 return None
-            self._divide()
+            self._take_share()
             self._position.read(by_keras)
             return self._position.num_batches * self._stride
 
-    @property
+    @keras.utils.PyDataset.workers.getter  # type: ignore[untyped-decorator]
     def workers(self) -> int:
         """Keras's own attribute; Keras reads it when it is about to fit, evaluate or predict."""
         if is_keras(sys._getframe(1), self):
             with self._lock:
                 self._position.new_call(current_call())
         return int(super().workers)
-
-    @workers.setter
-    def workers(self, value: int) -> None:
-        self._workers = value
 
     def __getitem__(self, index: int) -> Any:
         """Batch `index` of the current epoch; arrays of shape (samples in the batch, *sample shape).
@@ -147,8 +143,8 @@ class Bridge(keras.utils.PyDataset):
     def _ask(self, index: int, by_keras: bool) -> tuple[Asked | None, Any]:
         """What `dataset[index]` is, and the engine's handle of it."""
         if self._plan.is_endless:
-            endless = ((self._position.epoch, batch) for batch in itertools.count(index, self._stride))
-            return None, self._look(index, endless)
+            keys = zip(itertools.repeat(self._position.epoch), itertools.count(index, self._stride))
+            return None, self._look(index, (self._position.epoch, index), keys)
         self._run_due_hook()
         epoch = self._position.epoch
         asked = self._position.ask(index, by_keras, self._stride)
@@ -156,7 +152,7 @@ class Bridge(keras.utils.PyDataset):
             self._failures.tell(epoch)
         run = asked.run
         if run is None:
-            return asked, self._look(index, map(self._position.look, range(index, len(self))))
+            return asked, self._look(index, asked.key, map(self._position.look, range(index, len(self))))
         if asked.is_first:
             if self._prefetch.expected != run.base:
                 rest = itertools.chain([asked.key], self._position.rest(run))
@@ -167,12 +163,8 @@ class Bridge(keras.utils.PyDataset):
         (handle,) = self._running().engine.submit([self._position.plan.request(*asked.key)])
         return asked, handle
 
-    def _look(self, index: int, keys: Iterator[BatchKey]) -> Any:
-        requests = self._requests(keys)
-        first = next(requests)
-        return self._prefetch.look(
-            self._running().engine, index, self._stride, first, itertools.chain([first], requests)
-        )
+    def _look(self, index: int, key: BatchKey, keys: Iterator[BatchKey]) -> Any:
+        return self._prefetch.look(self._running().engine, index, self._stride, key, self._requests(keys))
 
     def _requests(self, keys: Iterator[BatchKey]) -> Iterator[Request]:
         plan = self._position.plan
@@ -236,22 +228,6 @@ class Bridge(keras.utils.PyDataset):
             if claim or ended:
                 self._failures.tell(told)
 
-    @property
-    def batches_per_epoch(self) -> int:
-        """Batches in a whole epoch; a very great number if it never ends."""
-        return self._position.count
-
-    @property
-    def position(self) -> Position:
-        """Where the dataset is, for `BackupAndRestore`."""
-        return self._position
-
-    def first_batch(self) -> Any:
-        """The first batch of the current epoch, for a look at its structure."""
-        with self._lock:
-            handle = self._running().engine.submit([self._position.plan.request(*self._position.look(0))])[0]
-        return self._served(self._running().engine.result, handle)
-
     def _served(self, load: Callable[..., Loaded], *arguments: Any) -> Any:
         self._check_open()
         started = time.perf_counter()
@@ -270,28 +246,6 @@ class Bridge(keras.utils.PyDataset):
 
     # -- epochs --------------------------------------------------------------------------------------------------
 
-    @property
-    def epoch(self) -> int:
-        """The current epoch, from 0."""
-        return self._position.epoch
-
-    def set_epoch(self, epoch: int) -> None:
-        """Makes `epoch` the current one; `dataset[i]`, the next iteration and the next pass of Keras are its batches.
-
-        A pass or an iteration that is under way goes on with its own.
-
-        Args:
-            epoch: epoch number, from 0.
-        """
-        epoch = checks.check_count(epoch, "epoch", 0)
-        with self._lock:
-            before = self._position.epoch
-            self._position.set_epoch(epoch)
-            if self._prefetch.expected is not None:
-                self._prefetch.drop()
-            self._prefetch.drop_looks()
-        self._failures.tell(before)
-
     def on_epoch_begin(self) -> None:
         """Keras calls this before an epoch, a while before it asks for the first batch.
 
@@ -302,9 +256,10 @@ class Bridge(keras.utils.PyDataset):
         by_keras = is_keras(sys._getframe(1), self)
         with self._lock:
             self._run_due_hook()
-            self._divide()
-            if self._choice.by_keras and by_keras:
-                self._warn_of_keras_pool()
+            self._take_share()
+            if self._choice.by_keras and by_keras and not self._warned_of_keras_pool:
+                self._warned_of_keras_pool = True
+                warn_of_keras_pool()
             self._position.begin(current_call() if by_keras else None)
             self._send_changes()
             expected = self._position.expected()
@@ -326,41 +281,10 @@ class Bridge(keras.utils.PyDataset):
         if ended:
             self._failures.tell(before)
 
-    def _divide(self) -> None:
-        """Takes this process's share of the data, if Keras divides it among processes.
-
-        Keras then asks each process for every n-th number. It gets the batches of its shard for them, of which each
-        process has as many.
-        """
-        shards, index = data_shards()
-        if shards > 1 and self._plan.num_shards > 1:
-            raise ValueError(
-                f"this dataset is shard {self._plan.shard} of {self._plan.num_shards}, and Keras divides it once more "
-                f"among {shards} processes, so most of the data would never be seen; make the keras.distribution "
-                "object with auto_shard_dataset=False, or leave out dataset.shard()"
-            )
-        if shards > 1 and self._seed_is_drawn and self._plan.is_ordered:
-            raise ValueError(
-                f"Keras divides this dataset among {shards} processes, which must all shuffle it alike; received "
-                "seed=None, so pass the same seed= in each"
-            )
-        self._stride = shards
-        if shards == 1 or self._plan.is_endless:
-            return
-        if (self._position.plan.num_shards, self._position.plan.shard) != (shards, index):
-            self._position.use(self._plan.for_shard(shards, index))
-
-    def _warn_of_keras_pool(self) -> None:
-        if keras.backend.backend() != "tensorflow" and not self._warned_of_keras_pool:
-            self._warned_of_keras_pool = True
-            warnings.warn(
-                f"keras_mp: pool='keras' on {keras.backend.backend()}: where Keras builds a model, or its metrics, "
-                "from one batch, its own queue serves what it had read ahead for that in the next pass, so that "
-                "batches are repeated and others left out in every epoch. Leave out pool= (each sample then comes "
-                "once), or call fit() on data of the same shapes first",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+    def _take_share(self) -> None:
+        self._stride, plan = auto_shard.share_of(self._plan, self._seed_is_drawn)
+        if (plan.num_shards, plan.shard) != (self._position.plan.num_shards, self._position.plan.shard):
+            self._position.use(plan)
 
     def _send_changes(self) -> None:
         """Gives the workers what has changed in the source or the functions since the last epoch."""

@@ -12,6 +12,7 @@ import functools
 import inspect
 import sys
 import threading
+import warnings
 from types import CodeType, FrameType
 
 import keras
@@ -84,15 +85,20 @@ def is_keras(frame: FrameType | None, called: object) -> bool:
     return False
 
 
+def warn_of_keras_pool() -> None:
+    """Tells the user where Keras's own pool does not give each batch once."""
+    if keras.backend.backend() != "tensorflow":
+        warnings.warn(
+            f"keras_mp: pool='keras' on {keras.backend.backend()}: where Keras builds a model, or its metrics, from "
+            "one batch, its own queue serves what it had read ahead for that in the next pass, so that batches are "
+            "repeated and others left out in every epoch. Leave out pool= (each sample then comes once), or call fit() "
+            "on data of the same shapes first",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
 @functools.cache
 def _methods() -> frozenset[CodeType]:
     methods = (getattr(keras.Model, name) for name in ("fit", "evaluate", "predict"))
     return frozenset(inspect.unwrap(method).__code__ for method in methods)
-
-
-def data_shards() -> tuple[int, int]:
-    """Among how many processes Keras divides datasets, from 3.16 on, and which of them this is."""
-    distribution = keras.distribution.distribution()
-    if not getattr(distribution, "auto_shard_dataset", False):
-        return 1, 0
-    return getattr(distribution, "num_data_shards", 1), getattr(distribution, "data_shard_id", 0)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 from keras_mp import checks
 from keras_mp.bridge import Bridge
 from keras_mp.errors import SampleFailure
+from keras_mp.plan.position import Position
 from keras_mp.plan.progress import Progress
 from keras_mp.plan.state import check_version, dump_state, load_state
 
@@ -18,6 +19,28 @@ if TYPE_CHECKING:
 
 class LoadedDataset(Bridge):
     """What `PoolDataset` and the result of `parallelize` have in common."""
+
+    @property
+    def epoch(self) -> int:
+        """The current epoch, from 0."""
+        return self._position.epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Makes `epoch` the current one; `dataset[i]`, the next iteration and the next pass of Keras are its batches.
+
+        A pass or an iteration that is under way goes on with its own.
+
+        Args:
+            epoch: epoch number, from 0.
+        """
+        epoch = checks.check_count(epoch, "epoch", 0)
+        with self._lock:
+            before = self._position.epoch
+            self._position.set_epoch(epoch)
+            if self._prefetch.expected is not None:
+                self._prefetch.drop()
+            self._prefetch.drop_looks()
+        self._failures.tell(before)
 
     # -- going on elsewhere --------------------------------------------------------------------------------------
 
@@ -122,6 +145,22 @@ class LoadedDataset(Bridge):
         from keras_mp import tfdata
 
         return tfdata.export(self, checks.check_count(epochs, "epochs"), prefetch, element_spec)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches in a whole epoch; a very great number if it never ends."""
+        return self._position.count
+
+    @property
+    def position(self) -> Position:
+        """Where the dataset is, for `BackupAndRestore`."""
+        return self._position
+
+    def first_batch(self) -> Any:
+        """The first batch of the current epoch, for a look at its structure."""
+        with self._lock:
+            handle = self._running().engine.submit([self._position.plan.request(*self._position.look(0))])[0]
+        return self._served(self._running().engine.result, handle)
 
     @property
     def batch_axis(self) -> int | None:

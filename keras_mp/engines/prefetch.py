@@ -14,6 +14,7 @@ from typing import Any
 from keras_mp.engines.base import Engine
 from keras_mp.engines.readahead import Handles, ReadAhead
 from keras_mp.errors import PoolClosed
+from keras_mp.plan.progress import BatchKey
 from keras_mp.plan.request import Request
 
 
@@ -61,18 +62,18 @@ class Prefetch:
             raise PoolClosed("the dataset was closed in the middle of a pass; make a new one")
         return self._pass.take()
 
-    def look(self, engine: Engine, index: int, step: int, first: Request, requests: Iterator[Request]) -> Any:
+    def look(self, engine: Engine, index: int, step: int, key: BatchKey, requests: Iterator[Request]) -> Any:
         """The handle of a batch outside of a pass; who looks at one after the other is read ahead.
 
         Args:
             engine: where it is loaded.
             index: the number that was asked for.
             step: how far the next number is from it, where somebody goes through them.
-            first: what is asked for.
+            key: what is asked for.
             requests: that, and what comes after it.
         """
         before, self._looked_at = self._looked_at, index
-        if self._looks is None or self._looks.next_key != (first.epoch, first.batch):
+        if self._looks is None or self._looks.next_key != key:
             self.drop_looks()
             self._looks = self.open(engine, requests, None if index in (0, before + step) else 0)
         return self._looks.take()
