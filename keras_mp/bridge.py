@@ -296,12 +296,9 @@ class Bridge(keras.utils.PyDataset):
         self._hook_is_due = False
 
     def _running(self) -> Running:
-        runtime = self._runtime
-        if runtime is not None:
-            return runtime
         with self._lock:
-            self._check_open()
             if self._runtime is None:
+                self._check_open()
                 self._runtime = self._choice.start(self._loader)
                 self._loader = self._runtime.loader
                 exits.close_at_exit(self)
