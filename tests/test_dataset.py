@@ -128,12 +128,12 @@ def test_the_global_random_state_of_the_caller_is_left_alone(engine: dict[str, A
 
 def test_a_seed_that_was_drawn_is_shown() -> None:
     with keras_mp.PoolDataset(_DATA, shuffle=True, workers=0) as first:
-        seed = first._plan.seed
+        seed = first.state_dict()["seed"]
         assert f"seed={seed}" in repr(first)
         with keras_mp.PoolDataset(_DATA, shuffle=True, workers=0, seed=seed) as second:
             assert first[0].tolist() == second[0].tolist()
     with keras_mp.PoolDataset(_DATA, shuffle=True, workers=0) as third:
-        assert third._plan.seed != seed
+        assert third.state_dict()["seed"] != seed
 
 
 # -- epochs by hand --------------------------------------------------------------------------------------------------
