@@ -28,12 +28,14 @@ class Call:
             instruction that calls the next.
         at: the instruction of the method that it was at.
         shuffle: what the method was given as `shuffle`; False if it takes no such argument.
+        steps: what it was given as `steps_per_epoch` or `steps`.
     """
 
     thread: int
     frames: tuple[tuple[CodeType, int], ...]
     at: int = dataclasses.field(compare=False)
     shuffle: bool = dataclasses.field(compare=False)
+    steps: int | None = dataclasses.field(compare=False)
 
     @property
     def name(self) -> str:
@@ -66,11 +68,12 @@ def current_call() -> Call | None:
         return None
     arguments = frame.f_locals
     frames, at, shuffle = [(frame.f_code, 0)], frame.f_lasti, bool(arguments.get("shuffle", False))
+    steps = arguments.get("steps_per_epoch", arguments.get("steps"))
     if isinstance(arguments, dict):  # before Python 3.13: a copy, which would keep what it holds (weights) for long
         arguments.clear()
     while (frame := frame.f_back) is not None:
         frames.append((frame.f_code, frame.f_lasti))
-    return Call(threading.get_ident(), tuple(reversed(frames)), at, shuffle)
+    return Call(threading.get_ident(), tuple(reversed(frames)), at, shuffle, steps)
 
 
 def is_keras(frame: FrameType | None, called: object) -> bool:

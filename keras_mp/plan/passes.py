@@ -29,6 +29,10 @@ class Call(Protocol):
     def shuffle(self) -> bool:
         """Whether it was asked to shuffle."""
 
+    @property
+    def steps(self) -> int | None:
+        """Batches that it takes in one epoch of its own; None: all."""
+
     def __hash__(self) -> int: ...
 
 

@@ -279,6 +279,9 @@ class Position:
         run = self._pass
         is_open = run is not None and not run.is_complete
         other = run.call if run is not None and is_open else self._begun_by if self._is_begun else None
+        for known in self._calls:
+            if known.steps and known.steps < self.count:  # its passes go on over several of its epochs
+                other = other or known
         if other is None or other == call or not other.is_running:
             return
         raise RuntimeError(
