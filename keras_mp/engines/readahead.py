@@ -101,14 +101,9 @@ class ReadAhead:
             self._submit(requests)
 
     def _submit(self, requests: list[Request]) -> None:
-        if not self._taken_over:
-            self._ahead.extend(zip(requests, self._open().submit(requests), strict=True))
-            return
-        handles = [self._taken_over.pop((request.epoch, request.batch), None) for request in requests]
-        new = iter(self._open().submit([r for r, handle in zip(requests, handles, strict=True) if handle is None]))
-        self._ahead.extend(
-            (r, next(new) if handle is None else handle) for r, handle in zip(requests, handles, strict=True)
-        )
+        found = [(request, self._taken_over.pop((request.epoch, request.batch), None)) for request in requests]
+        new = iter(self._open().submit([request for request, handle in found if handle is None]))
+        self._ahead.extend((request, next(new) if handle is None else handle) for request, handle in found)
 
     def _cancel(self) -> None:
         engine = self._engine
