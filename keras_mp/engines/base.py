@@ -55,7 +55,7 @@ class Engine(Protocol):
     def cancel(self, handle: Any) -> None:
         """Gives up a request whose result nobody will ask for.
 
-        It is dropped if nobody has begun to load it; if somebody has, its batch or error is thrown away. A finaliser may
+        It is dropped if nobody has begun to load it; otherwise its batch, or error, is thrown away. A finaliser may
         call this, so it waits for nothing.
         """
 
