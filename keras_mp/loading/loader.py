@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -42,43 +42,35 @@ class Loaded(NamedTuple):
     failures: tuple[SampleFailure, ...]
 
 
-class Loader(Protocol):
-    """Loads batches; it is pickled, and one copy may be used on several threads."""
+def ignore_position(position: int) -> None:
+    """The `report_position` of a place where nobody watches."""
+
+
+class Loader:
+    """Base of loaders: dataclasses whose fields are functions and objects of the user's.
+
+    Attributes:
+        source: what samples or batches are read from.
+        runs_user_code: whether anything that is called is the user's.
+    """
 
     source: Any
-
-    @property
-    def runs_user_code(self) -> bool:
-        """Whether anything that it calls is the user's."""
-
-    @property
-    def generators(self) -> Generators:
-        """What that code may draw random numbers from."""
-
-    def renewed(self) -> Loader:
-        """The same loader, with the generators that its code holds now."""
+    runs_user_code: bool
 
     def load(self, request: Request, report_position: Callable[[int], None], seed: Seeder | None) -> Loaded:
-        """Loads one batch.
+        """Loads one batch. Several threads may do so at once.
 
         Args:
             request: which batch.
             report_position: called with the position in the request of each sample before its turn, and with
                 `SAMPLES_DONE` after the last.
-            seed: called before each piece of the user's code with the key of its sample or batch, to seed the
-                `generators`; None: they are left alone.
+            seed: seeds `generators`; called with the key of a sample or batch before its code runs. None: they are
+                left alone.
 
         Raises:
-            SampleError: code of the user's failed, and the sample cannot be left out.
+            SampleError: code of the user's failed, and what failed cannot be left out.
         """
-
-
-def ignore_position(position: int) -> None:
-    """The `report_position` of a place where nobody watches."""
-
-
-class _UserCode:
-    """What loaders have in common: functions and objects of the user's, as fields."""
+        raise NotImplementedError
 
     @functools.cached_property
     def generators(self) -> Generators:
@@ -95,7 +87,7 @@ class _UserCode:
 
 
 @dataclasses.dataclass
-class SampleLoader(_UserCode):
+class SampleLoader(Loader):
     """Loads a batch sample by sample.
 
     Attributes:
@@ -125,7 +117,7 @@ class SampleLoader(_UserCode):
         self.runs_user_code = not plain or bool(self.transform or self.collate or self.batch_transform)
 
     def load(self, request: Request, report_position: Callable[[int], None], seed: Seeder | None) -> Loaded:
-        """See `Loader.load`; a batch without a good sample is made of others, and fails if they do too."""
+        """A batch without a good sample is made of others, and fails only if they do too."""
         builder = BatchBuilder(request, self.collate, self.on_error == "replace")
         for position, index in enumerate(request.samples):
             repeat = request.repeats[position] if request.repeats else 0
@@ -244,16 +236,16 @@ class SampleLoader(_UserCode):
 
 
 @dataclasses.dataclass
-class BatchLoader(_UserCode):
+class BatchLoader(Loader):
     """Loads a batch from an object whose `[i]` is a whole batch already."""
 
     source: Any
     seed: int = 0
     retries: int = 0
-    runs_user_code: bool = dataclasses.field(default=True, init=False)
+    runs_user_code = True
 
     def load(self, request: Request, report_position: Callable[[int], None], seed: Seeder | None) -> Loaded:
-        """See `Loader.load`; to this one the batch is the one sample."""
+        """Loads one batch; its position is that of the one sample."""
         report_position(0)
         attempts = self.retries
         while True:
