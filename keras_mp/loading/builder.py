@@ -1,7 +1,7 @@
 """A batch while it is made of samples: which row each sample has, and what is made of the batch where some failed (P5).
 
-Left out or repeated in its place ("skip", "replace"), a bad sample costs that sample, whichever of the batch it is. No
-code of the user's is called here but `collate`.
+A bad sample is left out ("skip") or another is repeated for it ("replace"), and it costs no other one, whichever of
+the batch it is. Nothing is read here, and no code of the user's is called but `collate`.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class BatchBuilder:
         self.row_of[position] = row
 
     def keep_misfit(self, position: int, sample: Any) -> None:
-        """Remembers a sample that `add` has refused; the first one of a batch cannot stand in any."""
-        if self.row_of:
+        """Remembers a sample that `add` has refused."""
+        if self.row_of:  # else it was the first, and can be stacked on nothing
             with contextlib.suppress(TypeError, ValueError):
                 self.misfits[position] = spec_of(sample), copied(sample)  # a transform may use its memory again
 
@@ -65,7 +65,7 @@ class BatchBuilder:
         """Stacks anew if most samples are alike, but not like the first: that is the one which is wrong then.
 
         Returns:
-            What is wrong, by position, with those that do not fit now.
+            Errors of the samples that cannot be stacked on those, by position.
         """
         errors: dict[int, Exception] = {}
         if not self.misfits or not isinstance(self._rows, Stack):
@@ -89,7 +89,7 @@ class BatchBuilder:
         """Fills rows without a sample by repeating the nearest good one before them, or else the first.
 
         Returns:
-            The position of the sample that is served, by the position of what it is served in place of.
+            By position in the request: the position of the sample that is served there.
         """
         served = {row: position for position, row in self.row_of.items()}
         if not self._keeps_rows:

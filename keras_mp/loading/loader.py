@@ -43,7 +43,7 @@ class Loaded(NamedTuple):
 
 
 def ignore_position(position: int) -> None:
-    """The `report_position` of a place where nobody watches."""
+    """The `report_position` where nobody watches."""
 
 
 class Loader:
