@@ -100,7 +100,7 @@ class BatchBuilder:
             if row in served:
                 source = row
             else:
-                self._rows.repeat(source, row)
+                self._rows.put(row, self._rows.row(source))
             replaced[row] = served[source]
         return replaced
 

@@ -66,7 +66,7 @@ def with_tuples(batch: Any) -> Any:
 
 
 class Samples:
-    """Collects samples for a `collate` function of the user's."""
+    """Collects samples, in at most `capacity` rows, for a `collate` function of the user's."""
 
     def __init__(self, capacity: int, collate: Callable[[list[Any]], Any]) -> None:
         self._rows: list[Any] = [None] * capacity
@@ -76,9 +76,9 @@ class Samples:
         """Makes `sample` the batch's row `row`."""
         self._rows[row] = sample
 
-    def repeat(self, row: int, target: int) -> None:
-        """Uses row `row` as row `target` too."""
-        self._rows[target] = self._rows[row]
+    def row(self, row: int) -> Any:
+        """The sample in row `row`."""
+        return self._rows[row]
 
     def finish(self, count: int) -> Any:
         """The batch of the first `count` rows."""
@@ -112,11 +112,6 @@ class Stack:
     def row(self, row: int) -> Any:
         """The sample in row `row`; its arrays are views of the batch."""
         return None if self._root is None else self._root.take(row)
-
-    def repeat(self, row: int, target: int) -> None:
-        """Copies row `row` to row `target`."""
-        if self._root is not None:
-            self._root.repeat(row, target)
 
     def finish(self, count: int) -> Any:
         """The batch of the first `count` rows: arrays of shape (count, *sample shape), in the samples' structure."""
@@ -179,9 +174,6 @@ class _Node:
         if value is not None:
             raise ValueError(f"{self.path} is None in {self.basis}, but {_type_of(value)} here")
 
-    def repeat(self, row: int, target: int) -> None:
-        pass
-
     def take(self, rows: int | slice) -> Any:
         return None
 
@@ -206,10 +198,6 @@ class _Nest(_Node):
             raise ValueError(f"{self.path} has {here}, but {self.basis} has {there}")
         for key, child in self._children.items():
             child.put(row, value[key])
-
-    def repeat(self, row: int, target: int) -> None:
-        for child in self._children.values():
-            child.repeat(row, target)
 
     def take(self, rows: int | slice) -> Any:
         parts = {key: child.take(rows) for key, child in self._children.items()}
@@ -252,11 +240,8 @@ class _Leaf(_Node):
             wider[...] = self._rows
             self._rows = wider
 
-    def repeat(self, row: int, target: int) -> None:
-        self._rows[target] = self._rows[row]
-
     def take(self, rows: int | slice) -> Any:
-        return self._rows[rows]
+        return self._rows[rows, ...]  # of a row, an array too, and not a scalar
 
 
 def _node(sample: Any, capacity: int, basis: str, path: str = "sample") -> _Node:
