@@ -149,7 +149,7 @@ class Bridge(keras.utils.PyDataset):
         epoch = self._position.epoch
         asked = self._position.ask(index, by_keras, self._stride)
         if self._position.epoch != epoch:
-            self._failures.tell(epoch)
+            self._failures.warn(epoch)
         run = asked.run
         if run is None:
             return asked, self._look(index, asked.key, map(self._position.look, range(index, len(self))))
@@ -202,7 +202,7 @@ class Bridge(keras.utils.PyDataset):
                     yield batches
                     batches = []
                 if epoch != told:
-                    self._failures.tell(told)
+                    self._failures.warn(told)
                     told = epoch
                 if self._position.moves != moves:
                     raise RuntimeError(
@@ -226,7 +226,7 @@ class Bridge(keras.utils.PyDataset):
         finally:
             ahead.close()
             if claim or ended:
-                self._failures.tell(told)
+                self._failures.warn(told)
 
     def _served(self, load: Callable[..., Loaded], *arguments: Any) -> Any:
         self._check_open()
@@ -279,7 +279,7 @@ class Bridge(keras.utils.PyDataset):
             if ended and self._prefetch.expected is None and not self._plan.is_endless:
                 self._prefetch.drop()
         if ended:
-            self._failures.tell(before)
+            self._failures.warn(before)
 
     def _take_share(self) -> None:
         self._stride, plan = auto_shard.share_of(self._plan, self._seed_is_drawn)
@@ -322,7 +322,7 @@ class Bridge(keras.utils.PyDataset):
             self._prefetch.close()
         if runtime is not None:
             runtime.close()
-        self._failures.tell_all()
+        self._failures.warn()
 
     def __enter__(self) -> Self:
         return self

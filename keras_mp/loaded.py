@@ -40,7 +40,7 @@ class LoadedDataset(Bridge):
             if self._prefetch.expected is not None:
                 self._prefetch.drop()
             self._prefetch.drop_looks()
-        self._failures.tell(before)
+        self._failures.warn(before)
 
     # -- going on elsewhere --------------------------------------------------------------------------------------
 

@@ -1,4 +1,8 @@
-"""Loading on a `concurrent.futures.Executor` of the user's."""
+"""Loading on a `concurrent.futures.Executor` of the user's, which keeps and ends its own workers.
+
+Some executors run their tasks in this process and share the loader. Any other gets it pickled with every request, and
+its workers keep it unpickled; what that costs is the executor's affair. Nobody needs to know which kind it is.
+"""
 
 from __future__ import annotations
 
@@ -8,110 +12,76 @@ import hashlib
 import pickle
 import threading
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from keras_mp.engines.base import load_alone
-from keras_mp.engines.isolation import ThreadIsolation
-from keras_mp.engines.threads import ThreadLoader
+from keras_mp.engines.futures import FuturesEngine, Job
+from keras_mp.engines.isolation import ThreadIsolation, ThreadLoader
 from keras_mp.errors import KerasMPError, PoolClosed
+from keras_mp.loading.in_process import load_in_process
 from keras_mp.loading.loader import Loaded, Loader
 from keras_mp.memory import pickling
 from keras_mp.plan.request import Request
 from keras_mp.workers.messages import Failed, error_of, failed_batch
 
 
-class ExecutorEngine:
-    """Loads on a `concurrent.futures.Executor` of the user's.
-
-    One that runs its tasks in this process shares the loader. Any other gets it pickled with every request, and its
-    workers keep it unpickled; what that costs is the executor's affair.
-    """
-
-    bundle_size = 1
+class ExecutorEngine(FuturesEngine):
+    """Loads on a `concurrent.futures.Executor` of the user's; `close` leaves it running."""
 
     def __init__(self, executor: concurrent.futures.Executor, loader: Loader) -> None:
+        super().__init__()
         self._executor = executor
-        self._isolation = ThreadIsolation()
-        self._closed = False
-        self._waiting: set[threading.Event] = set()
+        self._futures: dict[Job, concurrent.futures.Future[Any]] = {}  # of jobs that have not ended
         self.update(loader)
 
-    def submit(self, requests: Sequence[Request]) -> list[_Submitted]:
+    def submit(self, requests: Sequence[Request]) -> list[Job]:
         try:
-            return [_Submitted(request, self._executor.submit(self._load, request)) for request in requests]
+            return super().submit(requests)
         except RuntimeError as error:
             if "shutdown" not in str(error) or isinstance(error, concurrent.futures.BrokenExecutor):
                 raise
-            raise self._is_shut_down() from error
+            raise self._shut_down_error() from error
 
-    def is_ready(self, handle: _Submitted) -> bool:
-        return handle.future.done()
+    def start(self, job: Job) -> None:
+        future = self._futures[job] = self._executor.submit(self._load, job.request)
+        future.add_done_callback(lambda done: self._end(job, done))
 
-    def result(self, handle: _Submitted) -> Loaded:
-        future = handle.future
-        if not future.done():
-            self._wait(future)
-        if self._closed and (future.cancelled() or not future.done()):
-            request = handle.request
-            raise PoolClosed(
-                f"the dataset was closed while batch {request.batch} of epoch {request.epoch} was being loaded"
-            )
-        try:
-            reply = future.result()
-        except concurrent.futures.CancelledError as error:
-            raise self._is_shut_down() from error
+    def cancel(self, handle: Job) -> None:
+        super().cancel(handle)
+        if (future := self._futures.pop(handle, None)) is not None:
+            future.cancel()
+
+    def result(self, handle: Job) -> Loaded:
+        reply: Loaded | Failed = super().result(handle)
         if isinstance(reply, Failed):
             raise error_of(reply)
-        loaded: Loaded = reply
-        return loaded
-
-    def cancel(self, handle: _Submitted) -> None:
-        handle.future.cancel()
+        return reply
 
     def update(self, loader: Loader) -> None:
-        self._load = _Load(loader, self._isolation)
+        self._load = _LoadFunction(loader, self._isolation)
         if not isinstance(self._executor, concurrent.futures.ThreadPoolExecutor):
             self._load.pack(loader)
-
-    def close(self) -> None:
-        self._closed = True
-        self._isolation.give_up()
-        for woken in list(self._waiting):
-            woken.set()
 
     def stats(self) -> dict[str, Any]:
         return {"engine": type(self._executor).__name__}
 
-    def _wait(self, future: concurrent.futures.Future[Any]) -> None:
-        """Waits until the future is done or the engine closed."""
-        woken = threading.Event()
-        future.add_done_callback(lambda _: woken.set())
-        self._waiting.add(woken)
-        try:
-            if not self._closed:  # what is closed after this, sees the event
-                woken.wait()
-        finally:
-            self._waiting.discard(woken)
+    def _end(self, job: Job, future: concurrent.futures.Future[Any]) -> None:
+        self._futures.pop(job, None)  # it refers to the job, and neither may keep a batch that is done with
+        if future.cancelled():
+            job.fail(self._shut_down_error())
+        elif (error := future.exception()) is not None:
+            job.fail(error)
+        else:
+            job.finish(future.result())
 
-    def _is_shut_down(self) -> PoolClosed:
+    def _shut_down_error(self) -> PoolClosed:
         return PoolClosed(
             f"the {type(self._executor).__name__} that was given as pool= has been shut down, or has cancelled the "
             "batch; keep it open as long as the dataset is in use"
         )
 
 
-class _Submitted(NamedTuple):
-    """A batch that an executor has been asked for."""
-
-    request: Request
-    future: concurrent.futures.Future[Any]
-
-
-class _Load:
-    """The task of an executor: `load(request)`. What it is pickled to works in another process too.
-
-    So nobody needs to know whether the executor's tasks run in this process.
-    """
+class _LoadFunction:
+    """What an executor runs: `load(request)`. What it is pickled to works in another process too."""
 
     def __init__(self, loader: Loader, isolation: ThreadIsolation) -> None:
         self._loader = ThreadLoader(loader, isolation)
@@ -147,7 +117,7 @@ def _load_remotely(key: bytes, data: bytes, request: Request) -> Loaded | Failed
             loaders = _remote_loaders[key] = loader, ThreadLoader(loader)
         # Processes have their tasks on the main thread, where no other can run meanwhile.
         if threading.current_thread() is threading.main_thread():
-            return load_alone(loaders[0], request)
+            return load_in_process(loaders[0], request)
         return loaders[1].load(request)
     except Exception as error:  # many exceptions do not survive an executor's pickling; the reply does
         return failed_batch(error)

@@ -1,22 +1,22 @@
-"""Loading in the thread that asks for a batch, when it asks."""
+"""Loading in the thread that asks for a batch, when it asks; nothing runs beside it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from keras_mp.engines.base import load_alone
+from keras_mp.loading.in_process import load_in_process
 from keras_mp.loading.loader import Loaded, Loader
 from keras_mp.plan.request import Request
 
 
 class InlineEngine:
-    """Loads in the calling thread, when the batch is asked for."""
+    """Loads a batch in `result`; a request is its own handle."""
 
     bundle_size = 1
 
     def __init__(self, loader: Loader) -> None:
-        self._loader = loader.renewed()
+        self.update(loader)
 
     def submit(self, requests: Sequence[Request]) -> Sequence[Request]:
         return requests
@@ -25,7 +25,7 @@ class InlineEngine:
         return False
 
     def result(self, handle: Request) -> Loaded:
-        return load_alone(self._loader, handle)
+        return load_in_process(self._loader, handle)
 
     def cancel(self, handle: Request) -> None:
         pass

@@ -1,9 +1,10 @@
-"""Batches that are loaded on threads of one process, which share the generators that their code may draw from.
+"""Loading on threads of one process, which share the random generators that the user's code may draw from (P2).
 
-Two threads cannot each have their own seeding of them. A loader's first batch therefore runs alone, seeded, and if it
-draws from one of them so do all its batches. If not, they run side by side, without seeding; should a state have moved
-by the end of one, it is run again, alone. Code that draws only from `rng`, or not at all, waits for nobody but the
-first batch.
+Two threads cannot each have their own seeding of them. A loader's first batch is therefore loaded while no other is,
+seeded, and if its code draws from one of them, so are all its batches. If not, they are loaded side by side, without
+seeding; should a generator have moved by the end of one, that one is loaded again, exclusively. Code that draws only
+from `rng`, or not at all, waits for nobody but the first batch. No wait here outlives the dataset whose batch waits,
+and none is for a dataset that is closed (P3).
 """
 
 from __future__ import annotations
@@ -16,153 +17,170 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from keras_mp.errors import PoolClosed
+from keras_mp.loading.in_process import owned
+from keras_mp.loading.loader import Loaded, Loader, ignore_position
 from keras_mp.loading.randomness import Generators, Key, Seeder
+from keras_mp.plan.request import Request
 
-_GIVEN_UP_GRACE_S = 2.0  # what a batch that nobody wants gets to end, before other threads go on without waiting for it
-_LOOK_AGAIN_S = 1.0
+_ABANDONED_GRACE_S = 2.0  # what a batch that nobody wants gets to end, before other threads go on beside it
+_POLL_S = 1.0
+_MAX_ADDRESSES = 4096
 
 
-class _Company:
-    """A lock that many may hold in company, or one alone. Who holds it for what is given up does not count."""
+class _SharedLock:
+    """A lock that many batches hold together, or one exclusively. Those that are abandoned do not count."""
 
     def __init__(self) -> None:
-        self._condition = threading.Condition()
-        self._members: set[_Member] = set()
-        self._alone: _Member | None = None
+        self._changed = threading.Condition()
+        self._shared: list[ThreadIsolation] = []  # of the batches that hold it, each its loader's
+        self._exclusive: list[ThreadIsolation] = []
 
     @contextlib.contextmanager
-    def together(self, isolation: ThreadIsolation) -> Iterator[None]:
-        me = _Member(isolation)
-        with self._condition:
-            self._wait_until(self._nobody_is_alone, isolation)
-            self._members.add(me)
+    def held(self, isolation: ThreadIsolation, exclusively: bool) -> Iterator[None]:
+        holders = self._exclusive if exclusively else self._shared
+        with self._changed:
+            self._wait_for(self._exclusive, isolation)
+            holders.append(isolation)
         try:
+            if exclusively:  # no other comes in any more, but some are there
+                with self._changed:
+                    self._wait_for(self._shared, isolation)
             yield
         finally:
-            with self._condition:
-                self._members.discard(me)
-                self._condition.notify_all()
+            with self._changed:
+                holders.remove(isolation)
+                self._changed.notify_all()
 
-    @contextlib.contextmanager
-    def alone(self, isolation: ThreadIsolation) -> Iterator[None]:
-        me = _Member(isolation)
-        with self._condition:
-            self._wait_until(self._nobody_is_alone, isolation)
-            self._alone = me
-        try:
-            with self._condition:
-                self._wait_until(lambda: all(member.is_given_up for member in self._members), isolation)
-            yield
-        finally:
-            with self._condition:
-                if self._alone is me:
-                    self._alone = None
-                self._condition.notify_all()
-
-    def _nobody_is_alone(self) -> bool:
-        return self._alone is None or self._alone.is_given_up
-
-    def _wait_until(self, condition: Callable[[], bool], isolation: ThreadIsolation) -> None:
-        while not condition():
-            isolation.check()
-            self._condition.wait(_LOOK_AGAIN_S)  # that one is given up, nobody tells
+    def _wait_for(self, holders: list[ThreadIsolation], isolation: ThreadIsolation) -> None:
+        while any(holder.must_be_waited_for for holder in holders):
+            isolation.check_wanted()
+            self._changed.wait(_POLL_S)  # nothing notifies it when a batch is abandoned
 
 
-class _Member:
-    """One batch that is being loaded."""
-
-    def __init__(self, isolation: ThreadIsolation) -> None:
-        self._isolation = isolation
-
-    @property
-    def is_given_up(self) -> bool:
-        given_up_at = self._isolation.given_up_at
-        return given_up_at is not None and time.monotonic() - given_up_at > _GIVEN_UP_GRACE_S
-
-
-_company = _Company()
+_lock = _SharedLock()  # of the process, as the generators are
 
 
 def _after_fork_in_child() -> None:
-    global _company
-    _company = _Company()  # the threads that held it are not here to let it go
+    global _lock
+    _lock = _SharedLock()  # the threads that held it are not here to release it
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
-class MustRunAlone(Exception):
-    """Raised by a load in company: what it made may be another's."""
+class MustRunExclusively(Exception):
+    """Raised by a load that ran beside others: what it made may be another's."""
 
 
 class ThreadIsolation:
-    """Runs a loader's batches on threads so that each finds the shared generators as it would find them alone."""
+    """Runs a dataset's batches on threads so that each finds the shared generators as it would find them alone."""
 
     def __init__(self) -> None:
-        self._draws: bool | None = None  # whether this loader's code draws from them; None: not known yet
-        self._must_be_alone = False
-        self._first = threading.Lock()
-        self.given_up_at: float | None = None
+        self._exclusive: bool | None = None  # whether all batches are loaded exclusively; None: not known yet
+        self._first_batch = threading.Lock()
+        self._abandoned_at: float | None = None
 
-    def give_up(self) -> None:
-        """Nobody wants these batches any more: one that does not end (P3) is waited for only a moment longer."""
-        self.given_up_at = time.monotonic()
+    def abandon(self) -> None:
+        """Nobody wants these batches any more: one that does not end is waited for only a moment longer (P3)."""
+        self._abandoned_at = time.monotonic()
 
-    def check(self) -> None:
+    @property
+    def must_be_waited_for(self) -> bool:
+        """Whether batches of others wait for one of these."""
+        return self._abandoned_at is None or time.monotonic() - self._abandoned_at <= _ABANDONED_GRACE_S
+
+    def check_wanted(self) -> None:
         """Raises PoolClosed if nobody wants these batches any more."""
-        if self.given_up_at is not None:
+        if self._abandoned_at is not None:
             raise PoolClosed("the dataset was closed while this batch waited for another to be loaded")
 
     def run(self, load: Callable[[Seeder | None], Any], generators: Generators) -> Any:
-        """Calls `load(seeder)`, alone and seeded if it draws from `generators`; else with None, in company.
+        """Calls `load(seeder)`, exclusively, if it draws from `generators`; otherwise `load(None)`, beside others.
 
-        Once a load has raised `MustRunAlone`, all run alone.
+        Once a load has raised `MustRunExclusively`, all do.
         """
         generators = generators.in_threads()
-        if self._draws is None:
-            while not self._first.acquire(timeout=_LOOK_AGAIN_S):
-                self.check()
-            try:  # whoever comes while the first batch is loaded may go on in company after it
-                if self._draws is None:
-                    return self._run_alone(load, generators)
+        if self._exclusive is None:
+            while not self._first_batch.acquire(timeout=_POLL_S):
+                self.check_wanted()
+            try:  # who comes while the first batch is loaded need not hold the lock exclusively after it
+                if self._exclusive is None:
+                    return self._run_exclusively(load, generators)
             finally:
-                self._first.release()
-        if self._draws is False and not self._must_be_alone:
-            with _company.together(self):
+                self._first_batch.release()
+        if not self._exclusive:
+            result: Any = None
+            error: Exception | None = None
+            with _lock.held(self, exclusively=False):
                 before = generators.state()
                 try:
-                    result, error = load(None), None
+                    result = load(None)
+                except MustRunExclusively:
+                    self._exclusive = True
                 except Exception as caught:
-                    result, error = None, caught
-                moved = generators.state() != before
-            if isinstance(error, MustRunAlone):
-                self._must_be_alone = True
-            if not moved and not self._must_be_alone:
+                    error = caught
+                has_moved = generators.state() != before
+            if not has_moved and not self._exclusive:
                 if error is not None:
                     raise error
                 return result
-        return self._run_alone(load, generators)
+        return self._run_exclusively(load, generators)
 
-    def _run_alone(self, load: Callable[[Seeder | None], Any], generators: Generators) -> Any:
-        with _company.alone(self), generators.restored():
+    def _run_exclusively(self, load: Callable[[Seeder | None], Any], generators: Generators) -> Any:
+        with _lock.held(self, exclusively=True), generators.restored():
             seeded: list[Any] = []  # the state behind the last seeding, until it is known that this code draws
 
-            def check() -> None:
+            def check_state() -> None:
                 # It may have been somebody else who drew, say Keras shuffling in the main thread: only a state that
                 # has moved away from its seeding shows that this code draws.
                 if seeded and generators.state() != seeded:
-                    self._draws = True
+                    self._exclusive = True
                     seeded.clear()
 
             def seed(key: Key) -> None:
-                check()
+                check_state()
                 generators.seed(key)
-                if not self._draws:
+                if not self._exclusive:
                     seeded[:] = generators.state()
 
             try:
                 return load(seed)
             finally:
-                check()
-                self._draws = bool(self._draws)
+                check_state()
+                self._exclusive = bool(self._exclusive)
+
+
+class ThreadLoader:
+    """Loads a dataset's batches on any thread, several at a time.
+
+    Args:
+        loader: what loads them.
+        isolation: that of the loaders before, where this one replaces them.
+    """
+
+    def __init__(self, loader: Loader, isolation: ThreadIsolation | None = None) -> None:
+        self._loader = loader.renewed()
+        self._isolation = isolation or ThreadIsolation()
+        self._copied_at: dict[int, tuple[int, int]] = {}  # by address of an array: (epoch, batch) it was last part of
+
+    def load(self, request: Request) -> Loaded:
+        """Loads a batch, whose arrays nobody else holds."""
+        if not self._loader.runs_user_code:
+            return self._load(request, None)
+        loaded: Loaded = self._isolation.run(lambda seed: self._load(request, seed), self._loader.generators)
+        return loaded
+
+    def _load(self, request: Request, seed: Seeder | None) -> Loaded:
+        loaded, copied = owned(self._loader.load(request, ignore_position, seed), self._loader)
+        if len(self._copied_at) > _MAX_ADDRESSES:
+            self._copied_at.clear()
+        for address in copied:
+            epoch, batch = self._copied_at.setdefault(address, (request.epoch, request.batch))
+            if epoch == request.epoch and batch != request.batch and seed is None:
+                raise MustRunExclusively(
+                    f"batches {batch} and {request.batch} lie in the same memory, so while one was made, or copied, "
+                    "another thread may have written to it"
+                )
+            self._copied_at[address] = request.epoch, request.batch
+        return loaded

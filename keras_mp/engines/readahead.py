@@ -1,8 +1,13 @@
-"""Reading ahead: what will be asked for next is requested before it is asked for."""
+"""Reading ahead: what will be asked for next is requested before it is asked for.
+
+It knows the order of the requests and nothing of what they mean. It takes no lock: who shares it among threads holds
+one. `close` is safe in a finaliser.
+"""
 
 from __future__ import annotations
 
 import collections
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,8 +21,6 @@ Handles = dict[tuple[int, int], Any]
 
 class ReadAhead:
     """A window of requested batches that slides along a sequence of requests.
-
-    It takes no lock: who shares it among threads holds one. `close` is safe in a finaliser.
 
     Args:
         engine: where batches are loaded.
@@ -50,9 +53,9 @@ class ReadAhead:
         if not self._ahead:
             self._fill(max(1, self._depth))
         _, handle = self._ahead.popleft()
-        room = self._depth - len(self._ahead)
-        if room and room >= min(engine.bundle_size, self._depth * 4 // 5):  # until there is room for several
-            self._fill(room)
+        missing = self._depth - len(self._ahead)
+        if missing and missing >= min(engine.bundle_size, self._depth * 4 // 5):  # several at a time
+            self._fill(missing)
         return handle
 
     def next(self) -> Loaded:
@@ -93,22 +96,14 @@ class ReadAhead:
             raise PoolClosed("the dataset has been closed; make a new one")
         return self._engine
 
-    def _fill(self, room: int) -> None:
-        requests: list[Request] = []
-        while len(requests) < room and (request := next(self._requests, None)) is not None:
-            requests.append(request)
-        if requests:
+    def _fill(self, count: int) -> None:
+        if requests := list(itertools.islice(self._requests, count)):
             self._submit(requests)
 
     def _submit(self, requests: list[Request]) -> None:
-        if not self._taken_over:
-            self._ahead.extend(zip(requests, self._open().submit(requests), strict=True))
-            return
-        handles = [self._taken_over.pop((request.epoch, request.batch), None) for request in requests]
-        new = iter(self._open().submit([r for r, handle in zip(requests, handles, strict=True) if handle is None]))
-        self._ahead.extend(
-            (r, next(new) if handle is None else handle) for r, handle in zip(requests, handles, strict=True)
-        )
+        found = [(request, self._taken_over.pop((request.epoch, request.batch), None)) for request in requests]
+        new = iter(self._open().submit([request for request, handle in found if handle is None]))
+        self._ahead.extend((request, next(new) if handle is None else handle) for request, handle in found)
 
     def _cancel(self) -> None:
         engine = self._engine

@@ -2,7 +2,7 @@
 
 A leaf is an array, a scalar, a string or anything NumPy can convert; dicts, tuples, named tuples and lists of arrays
 are nests, kept as they are. A list of plain scalars is a leaf. In a worker the rows lie in shared memory (`empty`), so
-a sample is copied once, while it is still in the cache.
+a sample is copied once, while it is still in the cache. Nothing here knows of requests, epochs or random numbers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,12 @@ import numpy.typing as npt
 
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], npt.NDArray[Any]]
 
-_current = threading.local()
+
+class _Current(threading.local):
+    allocate: Allocate | None = None
+
+
+_current = _Current()
 
 
 def empty(shape: int | tuple[int, ...], dtype: npt.DTypeLike = float) -> npt.NDArray[Any]:
@@ -34,18 +39,16 @@ def empty(shape: int | tuple[int, ...], dtype: npt.DTypeLike = float) -> npt.NDA
         Uninitialised array of that shape and dtype, C-contiguous.
     """
     shape = (int(shape),) if isinstance(shape, int | np.integer) else tuple(int(n) for n in shape)
-    kind = np.dtype(dtype)
-    allocate: Allocate | None = getattr(_current, "allocate", None)
-    if allocate is None or kind.hasobject or any(n < 0 for n in shape):
-        return np.empty(shape, kind)
-    return allocate(shape, kind)
+    dtype = np.dtype(dtype)
+    if _current.allocate is None or dtype.hasobject or any(n < 0 for n in shape):
+        return np.empty(shape, dtype)
+    return _current.allocate(shape, dtype)
 
 
 @contextlib.contextmanager
 def allocating(allocate: Allocate | None) -> Iterator[None]:
-    """Makes `empty` on this thread use `allocate`."""
-    before = getattr(_current, "allocate", None)
-    _current.allocate = allocate
+    """Makes `empty` on this thread use `allocate`; None: ordinary memory."""
+    before, _current.allocate = _current.allocate, allocate
     try:
         yield
     finally:
@@ -63,7 +66,7 @@ def with_tuples(batch: Any) -> Any:
 
 
 class Samples:
-    """Collects samples for a `collate` function of the user's."""
+    """Collects samples, in at most `capacity` rows, for a `collate` function of the user's."""
 
     def __init__(self, capacity: int, collate: Callable[[list[Any]], Any]) -> None:
         self._rows: list[Any] = [None] * capacity
@@ -73,9 +76,9 @@ class Samples:
         """Makes `sample` the batch's row `row`."""
         self._rows[row] = sample
 
-    def repeat(self, row: int, target: int) -> None:
-        """Uses row `row` as row `target` too."""
-        self._rows[target] = self._rows[row]
+    def row(self, row: int) -> Any:
+        """The sample in row `row`."""
+        return self._rows[row]
 
     def finish(self, count: int) -> Any:
         """The batch of the first `count` rows."""
@@ -92,7 +95,7 @@ class Stack:
 
     def __init__(self, capacity: int, like: Any = None) -> None:
         self._capacity = capacity
-        self._root: _Node | None = None if like is None else _build(like, capacity, "", "most samples of the batch")
+        self._root: _Node | None = None if like is None else _node(like, capacity, "most samples of the batch")
 
     def put(self, row: int, sample: Any) -> None:
         """Writes `sample` into row `row` of every leaf.
@@ -102,22 +105,17 @@ class Stack:
         """
         if sample is None:
             raise TypeError("the transform returned None; did it forget to return the sample?")
-        root = self._root or _build(sample, self._capacity, "", "the first sample of the batch")
+        root = self._root or _node(sample, self._capacity, "the first sample of the batch")
         root.put(row, sample)
         self._root = root  # only now: a first sample that fails half-way fixes nothing
 
     def row(self, row: int) -> Any:
-        """The sample in row `row`, standing on the batch."""
-        return None if self._root is None else self._root.part(row)
-
-    def repeat(self, row: int, target: int) -> None:
-        """Copies row `row` to row `target`."""
-        if self._root is not None:
-            self._root.repeat(row, target)
+        """The sample in row `row`; its arrays are views of the batch."""
+        return None if self._root is None else self._root.take(row)
 
     def finish(self, count: int) -> Any:
         """The batch of the first `count` rows: arrays of shape (count, *sample shape), in the samples' structure."""
-        return None if self._root is None else self._root.part(slice(count))
+        return None if self._root is None else self._root.take(slice(count))
 
 
 def spec_of(sample: Any) -> Any:
@@ -128,18 +126,16 @@ def spec_of(sample: Any) -> Any:
     """
     if sample is None:
         return None
-    if isinstance(sample, Mapping):
-        return frozenset((key, spec_of(value)) for key, value in sample.items())
-    if isinstance(sample, tuple) or (isinstance(sample, list) and not _is_scalar_list(sample)):
-        return tuple(spec_of(value) for value in sample)
-    leaf = _as_leaf(sample, "")
+    if (parts := _parts(sample)) is not None:
+        return isinstance(sample, Mapping), frozenset((key, spec_of(part)) for key, part in parts.items())
+    leaf = _as_leaf(sample, "sample")
     return leaf.shape, leaf.dtype.kind if leaf.dtype.kind in "USO" else ""
 
 
 def copied(sample: Any) -> Any:
-    """`sample` with arrays and containers of its own. Arrays that stand on a file come read-only, and not copied."""
+    """`sample` with arrays and containers of its own. Arrays in a mapped file come read-only, and not copied."""
     if isinstance(sample, np.ndarray):
-        if not _is_file(sample):
+        if not _is_mapped_file(sample):
             return sample.copy(order="K")
         view = sample.view()
         view.flags.writeable = False
@@ -151,10 +147,10 @@ def copied(sample: Any) -> Any:
         return kind([copied(value) for value in sample])
     if isinstance(sample, tuple) and hasattr(sample, "_make"):
         return sample._make(copied(value) for value in sample)
-    return sample.copy() if kind is np.void else sample  # a row of a structured array stands on it
+    return sample.copy() if kind is np.void else sample  # a row of a structured array is a view of it
 
 
-def _is_file(array: Any) -> bool:
+def _is_mapped_file(array: Any) -> bool:
     while isinstance(array, np.ndarray):
         if isinstance(array, np.memmap):
             return True
@@ -163,7 +159,12 @@ def _is_file(array: Any) -> bool:
 
 
 class _Node:
-    """One place in the samples' structure; this base is the place of a None. `basis` says which sample fixed it."""
+    """One part of the samples' structure: a nest, a leaf, or, as this base, a None.
+
+    Args:
+        path: the part in a user's words, such as "sample['x'][0]".
+        basis: the sample that fixed the structure, in words.
+    """
 
     def __init__(self, path: str, basis: str) -> None:
         self.path = path
@@ -171,12 +172,9 @@ class _Node:
 
     def put(self, row: int, value: Any) -> None:
         if value is not None:
-            raise ValueError(f"{_name(self.path)} is None in {self.basis}, but {_kind(value)} here")
+            raise ValueError(f"{self.path} is None in {self.basis}, but {_type_of(value)} here")
 
-    def repeat(self, row: int, target: int) -> None:
-        pass
-
-    def part(self, rows: int | slice) -> Any:
+    def take(self, rows: int | slice) -> Any:
         return None
 
 
@@ -184,32 +182,30 @@ class _Nest(_Node):
     def __init__(self, path: str, basis: str, children: dict[Any, _Node], like: Any) -> None:
         super().__init__(path, basis)
         self._children = children
-        self._like = type(like)
+        self._type = type(like)
         self._is_map = isinstance(like, Mapping)
 
     def put(self, row: int, value: Any) -> None:
-        same_kind = isinstance(value, Mapping) if self._is_map else isinstance(value, tuple | list)
-        keys = (set(value) if self._is_map else set(range(len(value)))) if same_kind else None
-        if keys != self._children.keys():
-            has = _kind(value) if keys is None else f"keys {list(value) if self._is_map else len(value)}"
-            raise ValueError(
-                f"{_name(self.path)} has {has}, but {self.basis} has "
-                f"{list(self._children) if self._is_map else f'{len(self._children)} parts'}"
-            )
+        if self._is_map:
+            is_alike = isinstance(value, Mapping)
+            fits = is_alike and value.keys() == self._children.keys()
+        else:
+            is_alike = isinstance(value, tuple | list)
+            fits = is_alike and len(value) == len(self._children)
+        if not fits:
+            here = f"keys {list(value) if self._is_map else len(value)}" if is_alike else _type_of(value)
+            there = list(self._children) if self._is_map else f"{len(self._children)} parts"
+            raise ValueError(f"{self.path} has {here}, but {self.basis} has {there}")
         for key, child in self._children.items():
             child.put(row, value[key])
 
-    def repeat(self, row: int, target: int) -> None:
-        for child in self._children.values():
-            child.repeat(row, target)
-
-    def part(self, rows: int | slice) -> Any:
-        done = {key: child.part(rows) for key, child in self._children.items()}
+    def take(self, rows: int | slice) -> Any:
+        parts = {key: child.take(rows) for key, child in self._children.items()}
         if self._is_map:
-            return done
-        if hasattr(self._like, "_fields"):
-            return self._like(*done.values())
-        return (list if issubclass(self._like, list) else tuple)(done.values())
+            return parts
+        if hasattr(self._type, "_fields"):
+            return self._type(*parts.values())
+        return (list if issubclass(self._type, list) else tuple)(parts.values())
 
 
 class _Leaf(_Node):
@@ -222,8 +218,8 @@ class _Leaf(_Node):
         array = value if type(value) is np.ndarray else _as_leaf(value, self.path)
         if array.shape != self._shape:
             raise ValueError(
-                f"{_name(self.path)} has shape {array.shape}, but {self._shape} in {self.basis}; make the "
-                "shapes equal in `transform`, or pass `collate=` to pad them"
+                f"{self.path} has shape {array.shape}, but {self._shape} in {self.basis}; make the shapes equal in "
+                "`transform`, or pass `collate=` to pad them"
             )
         if array.dtype != self._rows.dtype:
             self._widen(array.dtype)
@@ -233,34 +229,36 @@ class _Leaf(_Node):
         try:
             common = np.result_type(dtype, self._rows.dtype).newbyteorder("=")
         except TypeError as error:
-            raise TypeError(f"{_name(self.path)} has dtype {dtype}, but {self._rows.dtype} before: {error}") from None
+            raise TypeError(f"{self.path} has dtype {dtype}, but {self._rows.dtype} before: {error}") from None
         if common.kind in "USO" and dtype.kind != self._rows.dtype.kind:
             raise TypeError(
-                f"{_name(self.path)} has dtype {dtype}, but {self._rows.dtype} in the samples before it; convert them "
-                "to one type in `transform`"
+                f"{self.path} has dtype {dtype}, but {self._rows.dtype} in the samples before it; convert them to one "
+                "type in `transform`"
             )
         if common != self._rows.dtype:
             wider = empty(self._rows.shape, common)
             wider[...] = self._rows
             self._rows = wider
 
-    def repeat(self, row: int, target: int) -> None:
-        self._rows[target] = self._rows[row]
-
-    def part(self, rows: int | slice) -> Any:
-        return self._rows[rows]
+    def take(self, rows: int | slice) -> Any:
+        return self._rows[rows, ...]  # of a row, an array too, and not a scalar
 
 
-def _build(sample: Any, capacity: int, path: str, basis: str) -> _Node:
+def _node(sample: Any, capacity: int, basis: str, path: str = "sample") -> _Node:
     if sample is None:
         return _Node(path, basis)
-    if isinstance(sample, Mapping):
-        parts = {k: _build(v, capacity, f"{path}[{k!r}]", basis) for k, v in sample.items()}
-        return _Nest(path, basis, parts, sample)
-    if isinstance(sample, tuple) or (isinstance(sample, list) and not _is_scalar_list(sample)):
-        parts = {k: _build(v, capacity, f"{path}[{k}]", basis) for k, v in enumerate(sample)}
-        return _Nest(path, basis, parts, sample)
+    if (parts := _parts(sample)) is not None:
+        children = {key: _node(part, capacity, basis, f"{path}[{key!r}]") for key, part in parts.items()}
+        return _Nest(path, basis, children, sample)
     return _Leaf(path, basis, _as_leaf(sample, path), capacity)
+
+
+def _parts(sample: Any) -> dict[Any, Any] | None:
+    """A nest's parts by key or number; None for a leaf."""
+    if isinstance(sample, Mapping):
+        return dict(sample.items())
+    is_nest = isinstance(sample, tuple) or (isinstance(sample, list) and not _is_scalar_list(sample))
+    return dict(enumerate(sample)) if is_nest else None
 
 
 def _is_scalar_list(value: list[Any]) -> bool:
@@ -278,15 +276,11 @@ def _as_leaf(value: Any, path: str) -> npt.NDArray[Any]:
     array = np.asarray(value)
     if array.dtype.hasobject and not isinstance(value, np.ndarray) and not hasattr(value, "__array__"):
         raise TypeError(
-            f"{_name(path)} is {_kind(value)}, which cannot be stacked; return arrays, scalars, strings or dicts and "
+            f"{path} is {_type_of(value)}, which cannot be stacked; return arrays, scalars, strings or dicts and "
             "tuples of them, or pass `collate=`"
         )
     return array
 
 
-def _name(path: str) -> str:
-    return f"sample{path}"
-
-
-def _kind(value: Any) -> str:
+def _type_of(value: Any) -> str:
     return f"of type {type(value).__name__}"

@@ -1,4 +1,4 @@
-"""The record of failed samples: listed, counted, told once an epoch, and too many of them an error (P5)."""
+"""The record of failed samples: listed, counted, reported to the user once an epoch, and too many are an error (P5)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from keras_mp.errors import SampleFailure, TooManyFailures
 
-_KEPT = 1000
+_MAX_KEPT = 1000
 
 
 class FailureLog:
@@ -22,8 +22,8 @@ class FailureLog:
     def __init__(self, limit: float | None, epoch_samples: int) -> None:
         self._limit = limit
         self._epoch_samples = epoch_samples
-        self._kept: collections.deque[SampleFailure] = collections.deque(maxlen=_KEPT)
-        # By epoch, as a batch may be loaded more than once; with whether another sample was served.
+        self._kept: collections.deque[SampleFailure] = collections.deque(maxlen=_MAX_KEPT)
+        # By epoch, and by batch and sample, as a batch may be loaded more than once: whether another was served.
         self._seen: dict[int, dict[tuple[int, int | None], bool]] = {}
         self.total = 0
 
@@ -32,12 +32,8 @@ class FailureLog:
         """The last thousand failures, oldest first."""
         return list(self._kept)
 
-    def fresh(self, epoch_samples: int) -> FailureLog:
-        """An empty log with the same limit."""
-        return FailureLog(self._limit, epoch_samples)
-
     def add(self, failures: Iterable[SampleFailure]) -> None:
-        """Takes note of what failed in one batch.
+        """Lists and counts what failed in one batch.
 
         Raises:
             TooManyFailures: the epoch has now more than the limit allows.
@@ -49,29 +45,27 @@ class FailureLog:
             seen[failure.batch, failure.index] = failure.replaced_by is not None
             self._kept.append(failure)
             self.total += 1
-            count = len(seen)
             if self._limit is None:
                 continue
             allowed = self._limit * self._epoch_samples if isinstance(self._limit, float) else self._limit
-            if count > allowed:
+            if len(seen) > allowed:
                 raise TooManyFailures(
-                    f"{count} of {self._epoch_samples} samples have failed in epoch {failure.epoch}, more than "
+                    f"{len(seen)} of {self._epoch_samples} samples have failed in epoch {failure.epoch}, more than "
                     f"max_failures={self._limit} allows. The last: {failure.describe()}\n\nTraceback from "
                     f"{failure.where}:\n{failure.traceback}"
                 )
 
     def record(self, failure: SampleFailure) -> None:
-        """Lists a failure that was raised: nothing was left out or replaced, so it is not told again."""
+        """Lists a failure that was raised: nothing was left out or replaced, so `warn` leaves it out."""
         self._kept.append(failure)
         self.total += 1
 
-    def tell_all(self) -> None:
-        """`tell` for every epoch that has not been told."""
-        for epoch in sorted(self._seen):
-            self.tell(epoch)
-
-    def tell(self, epoch: int) -> None:
-        """Warns the user, once, of what failed in `epoch`, which is over."""
+    def warn(self, epoch: int | None = None) -> None:
+        """Warns the user, once, of what failed in `epoch`, which is over; None: in every epoch."""
+        if epoch is None:
+            for failed in sorted(self._seen):
+                self.warn(failed)
+            return
         seen = self._seen.pop(epoch, {})
         if not seen:
             return

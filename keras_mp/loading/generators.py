@@ -13,6 +13,7 @@ come with its attributes in another order.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import dis
 import functools
@@ -23,7 +24,7 @@ import random
 import sys
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -50,12 +51,10 @@ _SKIPPED = sys.stdlib_module_names - {"__main__"} | {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """A generator, and the number that stands for the path to it."""
+class HeldGenerator(NamedTuple):
+    """A generator that the user's code holds: how to seed it, and the number that stands for the path to it."""
 
     part: int
-    generator: Any
     seed: Callable[[np.random.SeedSequence], None]
     get_state: Callable[[], Any]
     set_state: Callable[[Any], None]
@@ -63,11 +62,11 @@ class Found:
 
 @dataclasses.dataclass
 class _Search:
-    found: list[Found] = dataclasses.field(default_factory=list)
+    found: list[HeldGenerator] = dataclasses.field(default_factory=list)
     names_torch: bool = False
 
 
-def find_generators(roots: dict[str, Any]) -> tuple[list[Found], bool]:
+def find_generators(roots: dict[str, Any]) -> tuple[list[HeldGenerator], bool]:
     """The generators that `roots` hold, and whether their code names torch.
 
     Code of the user's that imports torch as it runs has it imported here: its generator would not be seeded otherwise
@@ -103,34 +102,36 @@ def _is_installed(value: Any) -> bool:
     return "-packages" in (getattr(sys.modules.get(value.__module__), "__file__", None) or "")
 
 
-def _describe(path: str, generator: Any) -> Found | None:
+def _describe(path: str, generator: Any) -> HeldGenerator | None:
     """How to seed it; None for the global ones, and for those that cannot be seeded."""
     if any(generator is one for one in _GLOBAL_ONES) or isinstance(generator, random.SystemRandom):
         return None
     part = int.from_bytes(hashlib.blake2b(path.encode(), digest_size=4).digest(), "little") or 1
+    get_state: Callable[[], Any]
+    set_state: Callable[[Any], None]
     if isinstance(generator, random.Random):
-        return Found(
-            part,
-            generator,
-            lambda root: generator.seed(int.from_bytes(root.generate_state(4).tobytes(), "little")),
-            generator.getstate,
-            generator.setstate,
-        )
-    if isinstance(generator, np.random.RandomState):
-        kind = getattr(np.random, generator.get_state(legacy=False)["bit_generator"], None)
-        return kind and Found(
-            part,
-            generator,
-            lambda root: generator.set_state({**kind(root).state, "has_gauss": 0, "gauss": 0.0}),
-            lambda: generator.get_state(legacy=False),
-            generator.set_state,
-        )
-    bits = generator.bit_generator
+        get_state, set_state = generator.getstate, generator.setstate
 
-    def set_state(state: Any) -> None:
-        bits.state = state
+        def seed(root: np.random.SeedSequence) -> None:
+            generator.seed(int.from_bytes(root.generate_state(4).tobytes(), "little"))
 
-    return Found(part, generator, lambda root: set_state(type(bits)(root).state), lambda: bits.state, set_state)
+    elif isinstance(generator, np.random.RandomState):
+        get_state, set_state = functools.partial(generator.get_state, legacy=False), generator.set_state
+        kind = getattr(np.random, get_state()["bit_generator"], None)
+        if kind is None:
+            return None
+
+        def seed(root: np.random.SeedSequence) -> None:
+            set_state({**kind(root).state, "has_gauss": 0, "gauss": 0.0})
+
+    else:
+        bits = generator.bit_generator
+        get_state, set_state = (lambda: bits.state), functools.partial(setattr, bits, "state")
+
+        def seed(root: np.random.SeedSequence) -> None:
+            set_state(type(bits)(root).state)
+
+    return HeldGenerator(part, seed, get_state, set_state)
 
 
 def _parts(path: str, value: Any, search: _Search) -> Iterator[tuple[str, Any]]:
@@ -203,7 +204,8 @@ def _function_parts(path: str, function: types.FunctionType, search: _Search) ->
     if "torch" in imported:
         search.names_torch = True
         if not _is_installed(function):
-            _import_torch()
+            with contextlib.suppress(Exception):  # the code's own import will fail, and say why
+                importlib.import_module("torch")
     for name in sorted(loaded):
         if name in function.__globals__:
             yield from _global_parts(f"{function.__module__}:{name}", function.__globals__[name], named, search)
@@ -249,10 +251,3 @@ def _is_skipped(module: str | None, search: _Search) -> bool:
     if package.startswith("torch") or (code is not None and "torch" in vars(code)):
         search.names_torch = True
     return package in _SKIPPED
-
-
-def _import_torch() -> None:
-    try:
-        importlib.import_module("torch")
-    except Exception:  # then the code's own import fails, and says why
-        return

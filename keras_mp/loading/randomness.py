@@ -18,11 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from keras_mp.loading.generators import Found, find_generators
+from keras_mp.loading.generators import HeldGenerator, find_generators
 from keras_mp.plan.seeds import Stream, seed_sequence
-
-_GIVEN_UP_GRACE_S = 2.0  # what a batch that nobody wants gets to end, before other threads go on without waiting for it
-_LOOK_AGAIN_S = 1.0
 
 
 class Key:
@@ -53,8 +50,8 @@ Seeder = Callable[[Key], None]
 class Generators:
     """All that a loader's code may draw from besides `rng`: the global generators, and those that its objects hold."""
 
-    def __init__(self, own: Sequence[Found] = (), names_torch: bool = False, torch: bool = True) -> None:
-        self._own = own
+    def __init__(self, held: Sequence[HeldGenerator] = (), names_torch: bool = False, torch: bool = True) -> None:
+        self._held = held
         self._names_torch = names_torch
         self._torch = torch
 
@@ -65,7 +62,7 @@ class Generators:
 
     def in_threads(self) -> Generators:
         """The same, but torch's only if the code names it: the training itself may draw from that meanwhile."""
-        return Generators(self._own, self._names_torch, self._names_torch)
+        return Generators(self._held, self._names_torch, self._names_torch)
 
     def seed(self, key: Key) -> None:
         """Seeds all of them."""
@@ -74,8 +71,8 @@ class Generators:
         random.seed(int(words[1]) << 32 | int(words[2]))
         if (torch := self._torch_generator()) is not None:
             torch.manual_seed(int(words[3]) << 32 | int(words[4]))
-        for found in self._own:
-            found.seed(key.sequence(found.part))
+        for held in self._held:
+            held.seed(key.sequence(held.part))
 
     def state(self) -> list[Any]:
         """Their states, to be compared."""
@@ -83,24 +80,24 @@ class Generators:
         torch = self._torch_generator()
         states = [random.getstate(), (name, np.asarray(keys).tobytes(), *rest)]
         states += [] if torch is None else [torch.get_state().numpy().tobytes()]
-        return [*states, *(pickle.dumps(found.get_state()) for found in self._own)]
+        return [*states, *(pickle.dumps(held.get_state()) for held in self._held)]
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
         """Puts them back as they were."""
-        python, legacy = random.getstate(), np.random.get_state()
-        own = [found.get_state() for found in self._own]
-        torch = self._torch_generator()
-        tensor = None if torch is None else torch.get_state()
+        accessors: list[tuple[Callable[[], Any], Callable[[Any], None]]] = [
+            (random.getstate, random.setstate),
+            (np.random.get_state, np.random.set_state),
+        ]
+        accessors += [(held.get_state, held.set_state) for held in self._held]
+        if (torch := self._torch_generator()) is not None:
+            accessors.append((torch.get_state, torch.set_state))
+        before = [(set_state, get_state()) for get_state, set_state in accessors]
         try:
             yield
         finally:
-            random.setstate(python)
-            np.random.set_state(legacy)
-            if torch is not None:
-                torch.set_state(tensor)
-            for found, state in zip(self._own, own, strict=True):
-                found.set_state(state)
+            for set_state, state in before:
+                set_state(state)
 
     def _torch_generator(self) -> Any:
         """Torch's, on the CPU, if torch is loaded."""

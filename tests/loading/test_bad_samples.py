@@ -10,17 +10,6 @@ import pytest
 
 import keras_mp
 
-_ENGINES: dict[str, dict[str, Any]] = {
-    "in-process": {"workers": 0},
-    "processes": {"workers": 2},
-    "threads": {"workers": 2, "use_multiprocessing": False},
-}
-
-
-@pytest.fixture(params=_ENGINES)
-def engine(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return _ENGINES[request.param]
-
 
 @dataclasses.dataclass
 class Shaped:

@@ -205,13 +205,23 @@ def test_rows_may_be_repeated_and_left_out() -> None:
     stack = Stack(4)
     stack.put(0, {"a": 1, "b": (None, np.zeros(2))})
     stack.put(2, {"a": 3, "b": (None, np.ones(2))})
-    stack.repeat(0, 1)
-    stack.repeat(2, 3)
+    stack.put(1, stack.row(0))
+    stack.put(3, stack.row(2))
     assert stack.finish(4)["a"].tolist() == [1, 1, 3, 3]
     batch = stack.finish(2)
     assert batch["a"].tolist() == [1, 1]
     assert batch["b"][0] is None
     assert batch["b"][1].shape == (2, 2)
+
+
+@pytest.mark.parametrize("leaf", [1.5, "text", b"a\0", np.datetime64("2020"), np.array({1}), np.array([{1}, None])])
+def test_a_row_can_be_put_elsewhere_as_it_is(leaf: Any) -> None:
+    stack = Stack(2)
+    stack.put(0, {"a": [leaf, None]})
+    stack.put(1, stack.row(0))
+    first, second = stack.finish(2)["a"][0]
+    np.testing.assert_array_equal(first, second)
+    assert type(first) is type(second)
 
 
 def test_a_batch_without_samples_is_none() -> None:
@@ -222,7 +232,7 @@ def test_samples_are_collected_for_a_collate_of_the_users() -> None:
     samples = Samples(3, list)
     samples.put(0, "a")
     samples.put(1, "b")
-    samples.repeat(0, 2)
+    samples.put(2, samples.row(0))
     assert samples.finish(3) == ["a", "b", "a"]
     assert samples.finish(2) == ["a", "b"]
 

@@ -12,18 +12,8 @@ import pytest
 import keras_mp
 from tests.transforms import Pair
 
-_ENGINES: dict[str, dict[str, Any]] = {
-    "in-process": {"workers": 0},
-    "processes": {"workers": 2},
-    "threads": {"workers": 2, "use_multiprocessing": False},
-}
 _ROWS = np.arange(24, dtype=np.float32).reshape(8, 3)
 _RECORDS = np.array([(1, 2.5), (3, 4.5)], dtype=[("a", "i4"), ("b", "f8")])
-
-
-@pytest.fixture(params=_ENGINES)
-def engine(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return _ENGINES[request.param]
 
 
 def double(sample: Any) -> Any:

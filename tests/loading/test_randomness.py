@@ -100,11 +100,16 @@ def _loads(body: Callable[[int], Any], count: int) -> list[Callable[[Seeder | No
     return [functools.partial(load, number) for number in range(count)]
 
 
+def _seeds(isolation: ThreadIsolation) -> bool:
+    """Whether it seeds the batches that follow, as it must for code that draws."""
+    return isolation.run(lambda seed: seed, _GLOBAL) is not None
+
+
 def _known_not_to_draw() -> ThreadIsolation:
     isolation = ThreadIsolation()
     (load,) = _loads(lambda number: None, 1)
     isolation.run(load, _GLOBAL)
-    assert isolation._draws is False
+    assert not _seeds(isolation)
     return isolation
 
 
@@ -125,11 +130,11 @@ def test_threads_that_draw_globally_draw_what_they_would_alone() -> None:
     with ThreadPoolExecutor(4) as threads:
         got = list(threads.map(functools.partial(isolation.run, generators=_GLOBAL), _loads(body, 40)))
     assert got == expected
-    assert isolation._draws
+    assert _seeds(isolation)
     assert _GLOBAL.state() == before
 
 
-def test_threads_that_do_not_draw_run_in_company() -> None:
+def test_threads_that_do_not_draw_run_side_by_side() -> None:
     isolation = _known_not_to_draw()
     barrier = threading.Barrier(4)
     with ThreadPoolExecutor(4) as threads:
@@ -139,10 +144,10 @@ def test_threads_that_do_not_draw_run_in_company() -> None:
             )
         )
     assert got == [(number, True) for number in range(4)]  # a barrier of four passes only if four are inside
-    assert not isolation._draws
+    assert not _seeds(isolation)
 
 
-def test_somebody_elses_draw_does_not_make_a_loader_run_alone_for_ever() -> None:
+def test_somebody_elses_draw_does_not_make_a_loader_run_exclusively_for_ever() -> None:
     isolation = _known_not_to_draw()
     runs: list[Seeder | None] = []
 
@@ -156,8 +161,7 @@ def test_somebody_elses_draw_does_not_make_a_loader_run_alone_for_ever() -> None
 
     assert isolation.run(load, _GLOBAL) == "batch"
     assert len(runs) == 2
-    assert not isolation._draws
-    assert isolation.run(lambda seed: seed, _GLOBAL) is None
+    assert not _seeds(isolation)
 
 
 def test_an_error_without_draws_is_raised_once() -> None:
@@ -185,7 +189,7 @@ def test_an_error_after_a_draw_counts_only_if_it_comes_again_seeded() -> None:
         return value
 
     assert isolation.run(load, _GLOBAL) == _alone(load)
-    assert isolation._draws
+    assert _seeds(isolation)
     with pytest.raises(ValueError, match="always"):
         isolation.run(lambda seed: _raise(ValueError("always")), _GLOBAL)
     # The lock is free again.
