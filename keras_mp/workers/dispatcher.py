@@ -271,7 +271,9 @@ class Dispatcher:
         job = handle.blamable
         if job is not None:
             record_end(job, end, handle.process.pid, handle.process.killed_at or 0.0)
-        self._queue.put_back(handle.jobs)
+        jobs = handle.jobs
+        handle.bundles.clear()  # whoever still holds the handle must not hold their slots
+        self._queue.put_back(jobs)
 
     def _start_missing(self) -> None:
         """Starts as many workers as there is work for."""

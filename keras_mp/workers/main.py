@@ -10,7 +10,6 @@ stderr is a memory file, so that a start that fails can be reported with its cau
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import fcntl
 import os
@@ -126,9 +125,11 @@ class Worker:
     def _load(self, number: int, request: Request, slot: SlotWriter, begun: float) -> Done | Failed | Refused:
         def allocate(shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
             if number not in self._keeping:
-                # Where memory is refused, that is no fault of the code that asks: `_encode` will be refused it too.
-                with contextlib.suppress(OSError):
+                # Where memory is refused, that is no fault of the code that asks: its batch will be refused it.
+                try:
                     return slot.empty(shape, dtype)
+                except OSError:
+                    pass
             return np.empty(shape, dtype)
 
         try:
@@ -145,7 +146,9 @@ class Worker:
         except BaseException as error:
             return failed_batch(error, request, "result")
         try:
-            return _put(header, buffers, slot)._replace(failures=loaded.failures, load_s=time.perf_counter() - begun)
+            places = [slot.put(buffer) for buffer in buffers]
+            where = slot.put(pickle.PickleBuffer(header)) if len(header) > _INLINE_BYTES else header
+            return Done(where, places, loaded.failures, time.perf_counter() - begun)
         except OSError as error:
             return _refused(error, slot.end + sum(buffer.raw().nbytes for buffer in buffers))
         except Exception as error:
@@ -187,11 +190,6 @@ def _unpack(message: SetLoader, fds: list[int]) -> Loader | BaseException:
     finally:
         for fd in fds:
             os.close(fd)
-
-
-def _put(header: bytes, buffers: pickling.Buffers, slot: SlotWriter) -> Done:
-    places = [slot.put(buffer) for buffer in buffers]
-    return Done(slot.put(pickle.PickleBuffer(header)) if len(header) > _INLINE_BYTES else header, places)
 
 
 def _moved(batch: Done | Failed | Refused, slot: SlotWriter) -> Done | Failed | Refused:

@@ -86,8 +86,8 @@ class Done(NamedTuple):
 
     header: bytes | Place
     buffers: list[Place]
-    failures: tuple[SampleFailure, ...] = ()
-    load_s: float = 0.0
+    failures: tuple[SampleFailure, ...]
+    load_s: float
 
     @property
     def nbytes(self) -> int:

@@ -64,9 +64,11 @@ def _submit(client: PoolClient) -> list[Any]:
 def test_one_odd_batch_leaves_the_others_alone(harm: str, odd: int, pool: keras_mp.WorkerPool, tmp_path: Path) -> None:
     timeout_s = 2.0 if harm == "stall" else None
     client = pool.client(BatchLoader(_Batches(tmp_path / "armed", odd, harm)), timeout_s=timeout_s)
-    for _ in range(3):
+    for _ in range(20):  # where the machine is busy, it takes a while until they are known to be quick
         for job in _submit(client):
             client.result(job)
+        if client.bundle_size > 1:
+            break
     assert client.bundle_size > 1
     (tmp_path / "armed").touch()
     errors = {"kill": keras_mp.WorkerCrashed, "raise": keras_mp.SampleError, "stall": keras_mp.BatchTimeout}
