@@ -40,7 +40,7 @@ import numpy.typing as npt
 import psutil
 
 import keras_mp
-from keras_mp.workers import dispatcher as dispatching
+from keras_mp.workers.handle import WorkerHandle
 from tests import census, episodes
 from tests.faults.common import digest
 from tests.soak_data import SIDE, transform
@@ -52,7 +52,6 @@ _MAX_SLOTS = 3 * (_HELD + 30)
 _MAX_RSS_GROWTH = 300 << 20
 EXPECTED_WARNINGS = (
     "keras_mp: .* samples failed",
-    "keras_mp: no shared memory",
     "__array__ implementation doesn't accept a copy keyword",  # h5py's, of TensorFlow's variables
     "Your input ran out of data",  # `steps_per_epoch` that does not divide the batches
 )
@@ -175,7 +174,7 @@ class Chaos(threading.Thread):
 
     def __init__(self, pools: Iterable[keras_mp.WorkerPool], seed: int, report: Report) -> None:
         super().__init__(name="chaos", daemon=True)
-        self._dispatchers: list[dispatching.Dispatcher] = [pool._dispatcher for pool in pools]
+        self._dispatchers = [pool._dispatcher for pool in pools]
         self._rng = random.Random(seed)
         self._report = report
         self._over = threading.Event()
@@ -185,8 +184,8 @@ class Chaos(threading.Thread):
         while not self._over.wait(self._rng.expovariate(2.5)):
             self._go_on()
             for dispatcher in self._rng.sample(self._dispatchers, len(self._dispatchers)):
-                with dispatcher._lock:
-                    victims = [seat.process.pid for seat in dispatcher._seats if _may_be_hit(seat)]
+                with dispatcher.lock:
+                    victims = [handle.process.pid for handle in dispatcher.workers.handles if _may_be_hit(handle)]
                     if victims:
                         self._act(victims)
                         break
@@ -219,11 +218,10 @@ class Chaos(threading.Thread):
             self._report.starvations += 1
 
     def _starve(self, pid: int) -> None:
-        """No larger slots for this worker, or no more descriptors."""
-        limit = self._rng.choice([resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE])
+        """No more descriptors for this worker. (No larger slots would rightly be an error.)"""
         try:
-            _, hard = resource.prlimit(pid, limit)
-            resource.prlimit(pid, limit, (16 if limit == resource.RLIMIT_NOFILE else 4096, hard))
+            _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (16, hard))
         except ProcessLookupError:
             pass
 
@@ -243,10 +241,10 @@ class Chaos(threading.Thread):
             pass
 
 
-def _may_be_hit(seat: Any) -> bool:
-    if seat.ended_for or seat.broken or seat.stopped_since is not None or not seat.process.ready:
+def _may_be_hit(handle: WorkerHandle) -> bool:
+    if handle.end is not None or handle.is_stopped or not handle.process.ready:
         return False  # where starts fail, too, a small pool would rightly say that none succeeds
-    faults = [fault for job in seat.jobs for fault in job.faults]
+    faults = [fault for job in handle.jobs for fault in job.faults]
     return all(fault.kind == "unstarted" for fault in faults) and len(faults) < 2
 
 

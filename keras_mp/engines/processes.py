@@ -1,6 +1,7 @@
-"""Worker pools, as datasets and users see them: `WorkerPool`, the pools that datasets share, and a dataset's client.
+"""Worker pools, as datasets and users see them: `WorkerPool`, and the pools that datasets share.
 
-What happens inside, from queue to crash, is in `dispatcher`.
+Here is who owns a pool, and what a fork or the end of the process does to it. What happens inside, from queue to crash,
+is in `workers`; the engine itself is `workers.client.PoolClient`.
 """
 
 from __future__ import annotations
@@ -9,16 +10,13 @@ import atexit
 import os
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import numpy.typing as npt
-
 from keras_mp.checks import check_workers
-from keras_mp.loading.loader import Loaded, Loader
-from keras_mp.plan.request import Request
+from keras_mp.loading.loader import Loader
+from keras_mp.workers.client import PoolClient
 from keras_mp.workers.dispatcher import Dispatcher
-from keras_mp.workers.jobs import Job, Task
 
 
 class WorkerPool:
@@ -58,16 +56,20 @@ class WorkerPool:
         self._finalizer.atexit = False  # `_close_all` does that, and waits
 
     def client(self, loader: Loader, timeout_s: float | None = None) -> PoolClient:
-        """Gives the pool a dataset's loader; requests go through the client.
+        """The engine of one dataset on this pool, which it keeps alive until it is closed.
+
+        Args:
+            loader: what the workers load batches with.
+            timeout_s: seconds that a batch may take in a worker; None: any time.
 
         Raises:
-            KerasMPError: the loader holds something that cannot be pickled.
+            KerasMPError: the loader holds something that cannot be pickled, or there is no shared memory for it.
         """
-        return PoolClient(self, Task(loader, timeout_s))
+        return PoolClient(self._dispatcher, loader, timeout_s, self)
 
     def stats(self) -> dict[str, Any]:
         """Process ids, restarts so far, jobs queued and running."""
-        return {"workers": self.workers, **self._dispatcher.describe()}
+        return self._dispatcher.describe()
 
     def close(self) -> None:
         """Ends the worker processes. Datasets that use the pool raise `PoolClosed` from then on."""
@@ -82,65 +84,6 @@ class WorkerPool:
 
     def __repr__(self) -> str:
         return f"WorkerPool(workers={self.workers}{', closed' if self._dispatcher.closed else ''})"
-
-
-class PoolClient:
-    """One dataset's access to a pool."""
-
-    def __init__(self, pool: WorkerPool, task: Task) -> None:
-        self._pool: WorkerPool | None = pool  # which lives as long as somebody may ask for a batch
-        self._dispatcher = pool._dispatcher
-        self._task = task
-        self._finalizer = weakref.finalize(self, _close_later, self._dispatcher, task)
-        self._finalizer.atexit = False
-
-    @property
-    def bundle_size(self) -> int:
-        """See `engines.Engine`."""
-        return self._task.bundle_size
-
-    def submit(self, requests: Sequence[Request]) -> list[Job]:
-        """Queues requests."""
-        return self._dispatcher.submit(self._task, requests)
-
-    def is_ready(self, job: Job) -> bool:
-        """Whether the job has its answer."""
-        return job.done
-
-    def result(self, job: Job) -> Loaded:
-        """Waits for the job and takes its batch."""
-        self._dispatcher.wait(job)
-        return job.take()
-
-    def update(self, loader: Loader) -> bool:
-        """Replaces the loader for the requests that follow; whether it differs from the one before."""
-        return self._task.update(loader)
-
-    def shared_view(self, array: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
-        """See `Task.shared_view`."""
-        return self._task.shared_view(array)
-
-    def cancel(self, job: Job) -> None:
-        """Nobody will ask for this job's result: it is dropped if no worker has it yet."""
-        job.cancelled = True
-
-    def close(self) -> None:
-        """Drops this dataset's requests, memory and hold on the pool, whoever still holds the client."""
-        self._finalizer()
-        self._pool = None
-
-    def stats(self) -> dict[str, Any]:
-        """The pool's numbers, and this dataset's slots: how many, and bytes of address space in all."""
-        arena, pool = self._task.arena, self._pool
-        numbers = {} if pool is None else pool.stats()
-        return {"engine": "worker pool", **numbers, "slots": len(arena.slots), "slot_bytes": arena.nbytes}
-
-
-def _close_later(dispatcher: Dispatcher, task: Task) -> None:
-    dispatcher.notes.append(task)
-    dispatcher.wake()
-    if dispatcher.closed:  # nobody reads notes any more
-        task.close()
 
 
 _dispatchers: weakref.WeakSet[Dispatcher] = weakref.WeakSet()

@@ -1,6 +1,7 @@
 """The control words at the start of a slot: what the worker that builds batches in it is at.
 
-The worker writes them and the parent reads them, should the worker die or take too long.
+The worker writes them; the parent reads them, should the worker die or take too long. No lock guards them: each is one
+aligned 64-bit word with one writer.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy.typing as npt
 CONTROL_BYTES = 64
 NOT_STARTED = -1  # a position before the first sample
 
-_PLACE, _POSITION, _SINCE = 0, 1, 2
+_BATCH, _POSITION, _SINCE = 0, 1, 2
 
 
 class ControlWords:
@@ -22,10 +23,10 @@ class ControlWords:
     def __init__(self, memory: npt.NDArray[np.uint8]) -> None:
         self._words = memory.data[:CONTROL_BYTES].cast("q")
 
-    def begin_batch(self, place: int) -> None:
-        """The batches before `place` in the slot are ready."""
+    def begin_batch(self, number: int) -> None:
+        """Batch `number` of those in the slot comes next; those before it are ready."""
         self._words[_POSITION] = NOT_STARTED
-        self._words[_PLACE] = place
+        self._words[_BATCH] = number
 
     def begin_sample(self, position: int) -> None:
         """The sample at `position` of the batch is being processed."""
@@ -33,9 +34,9 @@ class ControlWords:
         self._words[_POSITION] = position
 
     @property
-    def place(self) -> int:
-        """Which of the slot's batches is being built."""
-        return self._words[_PLACE]
+    def batch(self) -> int:
+        """Which of the slot's batches is being built, from 0."""
+        return self._words[_BATCH]
 
     @property
     def position(self) -> int:

@@ -74,11 +74,16 @@ class FrameWriter:
         self._sock = sock
         self._waiting: collections.deque[tuple[memoryview, list[int]]] = collections.deque()
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether something has not been sent yet: call `flush` when there is room."""
+        return bool(self._waiting)
+
     def send(self, message: Any, fds: Sequence[int] = ()) -> bool:
         """Sends one frame; `fds` travel with its length prefix, and may be closed afterwards.
 
         Returns:
-            Whether all has been sent; else call `flush` when there is room.
+            Whether all has been sent.
 
         Raises:
             OSError: the peer is gone.

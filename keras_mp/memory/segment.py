@@ -72,7 +72,7 @@ class Segment:
         self._view = None
 
     def __del__(self) -> None:
-        if getattr(self, "fd", -1) >= 0:  # of a task that nobody closed, or that failed half-way
+        if getattr(self, "fd", -1) >= 0:  # of a loader that nobody closed, or that failed half-way
             self.close()
 
 

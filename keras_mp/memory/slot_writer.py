@@ -1,4 +1,7 @@
-"""A worker's side of a slot: arrays are built in it, so that they need not be copied there."""
+"""A worker's side of a slot: arrays are built in it, so that they need not be copied there.
+
+The parent owns the slot. A worker may extend the file, never shorten it, and never moves what it has handed out.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ class SlotWriter:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self.size = 0
-        self._end = CONTROL_BYTES
+        self.end = CONTROL_BYTES  # of what is in use
         self._maps: list[_Mapping] = []
         self._control: ControlWords | None = None
 
@@ -60,17 +63,17 @@ class SlotWriter:
             self.size = size
             self._control = ControlWords(self._maps[0].memory)
             self._maps[0].unheld()
-        self._end = CONTROL_BYTES
+        self.end = CONTROL_BYTES
 
     @property
     def is_held(self) -> bool:
         """Whether anybody still has an array in the slot."""
         return any(mapping.is_held for mapping in self._maps)
 
-    def begin_batch(self, place: int) -> None:
-        """Records that the batches before `place` in this slot are ready."""
+    def begin_batch(self, number: int) -> None:
+        """Records that batch `number` of those in this slot comes next."""
         if self._control is not None:
-            self._control.begin_batch(place)
+            self._control.begin_batch(number)
 
     def begin_sample(self, position: int) -> None:
         """Records which sample is being processed."""
@@ -78,7 +81,7 @@ class SlotWriter:
             self._control.begin_sample(position)
 
     def read(self, size: int) -> bytes:
-        """The `size` bytes behind the control words, also of a slot that could not be mapped."""
+        """The `size` bytes behind the control words."""
         return os.pread(self._fd, size, CONTROL_BYTES)
 
     def take(self, size: int) -> tuple[int, npt.NDArray[np.uint8]]:
@@ -87,7 +90,7 @@ class SlotWriter:
         Raises:
             OSError: the slot cannot grow.
         """
-        offset = align(self._end)
+        offset = align(self.end)
         mapping = self._maps[-1]
         if offset + size > self.size:
             # Arrays handed out earlier point into the old mapping, so the new room gets a mapping of its own.
@@ -97,7 +100,7 @@ class SlotWriter:
             mapping = _Mapping(self._fd, start, new_size - start)
             self._maps.append(mapping)
             self.size = new_size
-        self._end = offset + size
+        self.end = offset + size
         return offset, mapping.memory[offset - mapping.start : offset - mapping.start + size]
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
@@ -133,21 +136,12 @@ class SlotWriter:
         Raises:
             OSError: the slot cannot grow.
         """
-        data = self._at(place)
-        offset, target = self.take(place[1])
-        target[...] = data
-        return offset, place[1]
-
-    def bytes_at(self, place: tuple[int, int]) -> bytes:
-        """What lies at `place`."""
-        return self._at(place).tobytes()
-
-    def _at(self, place: tuple[int, int]) -> npt.NDArray[np.uint8]:
         offset, size = place
-        for mapping in self._maps:
-            if mapping.holds(offset, size):
-                return mapping.memory[offset - mapping.start : offset - mapping.start + size]
-        raise ValueError(f"{place} lies in no mapping of the slot")
+        mapping = next(mapping for mapping in self._maps if mapping.holds(offset, size))
+        data = mapping.memory[offset - mapping.start : offset - mapping.start + size]
+        offset, target = self.take(size)
+        target[...] = data
+        return offset, size
 
     def close(self) -> None:
         """Gives up the descriptor and the mappings; arrays that somebody holds stay valid."""

@@ -2,11 +2,13 @@
 
 A *slot* is one anonymous memory file. The parent creates it, lends it to a worker for one batch, and hands the finished
 arrays to the consumer without a copy; they stand on a *lease*, and when the last of them is gone the lease returns the
-slot to its arena (P6). The files have no name, so nothing is left behind whoever is killed when (P4).
+slot to its pool (P6). The files have no name, so nothing is left behind whoever is killed when (P4).
 
 Layout of a slot: 64 bytes of control words, then the buffers, each at a multiple of 64 bytes. A worker that needs more
 room extends the file and tells the parent its new size in the reply. The control words say which of the batches in the
 slot the worker is at, at which sample of it and since when, for the parent to read should the worker die.
+
+What may not happen here: waiting. Memory that the system refuses is an OSError, for the caller to say of which batch.
 
 NOTE (no lock in a finaliser): a lease may die on any thread, also inside the allocator while a lock is held, so giving
 a slot back is one `deque.append` and nothing else.
@@ -53,7 +55,11 @@ class Slot:
             raise
 
     def memory(self) -> npt.NDArray[np.uint8]:
-        """The whole slot as bytes, mapped anew after the worker has extended it."""
+        """The whole slot as bytes, mapped anew after the worker has extended it.
+
+        Raises:
+            OSError: the mapping is refused.
+        """
         if self._map is None or self._map.nbytes < self.size:
             if self.fd < 0:  # mmap would take it for anonymous memory
                 raise OSError(errno.EBADF, "the slot has been closed")
@@ -61,7 +67,11 @@ class Slot:
         return self._map
 
     def write(self, data: bytes) -> None:
-        """Puts `data` behind the control words (a request too long for the socket)."""
+        """Puts `data` behind the control words: requests too long for the socket.
+
+        Raises:
+            OSError: the slot cannot grow.
+        """
         needed = CONTROL_BYTES + len(data)
         if needed > self.size:
             os.ftruncate(self.fd, round_to_page(needed))
@@ -76,7 +86,7 @@ class Slot:
         self._map = None
 
     def __del__(self) -> None:
-        if getattr(self, "fd", -1) >= 0:  # of an arena that nobody closed
+        if getattr(self, "fd", -1) >= 0:  # of a pool that nobody closed
             self.close()
 
 
@@ -131,7 +141,7 @@ class Lease:
         return pickle.loads(header, buffers=[memory[offset : offset + size] for offset, size in places])
 
 
-class Arena:
+class SlotPool:
     """The slots of one dataset, created as they are needed: waiting for a free one could deadlock under TensorFlow."""
 
     def __init__(self) -> None:
@@ -161,6 +171,11 @@ class Arena:
         self._in_use.add(self.lent)
         self._in_flight.add(sum(slot.in_flight for slot in self.slots.values()))
         return lease
+
+    @property
+    def free(self) -> int:
+        """How many slots nobody uses."""
+        return len(self._freed)
 
     @property
     def lent(self) -> int:

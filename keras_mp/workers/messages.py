@@ -1,12 +1,13 @@
-"""What parent and workers say to each other. How it travels is `wire`'s affair.
+"""What parent and workers send each other; how it travels is the affair of `memory.frames`.
 
-`Hello` and then `Load`, `Run`, `Forget` go to a worker; its process id (it is ready) and then a `Reply` to each `Run`
-come back.
+`Setup` and then `SetLoader`, `Run`, `Forget` go to a worker; `Ready` and then a `Reply` to each `Run` come back. No
+array is ever in a message: only its place in a slot, which is (offset, bytes).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import pickle
 from typing import NamedTuple
@@ -17,68 +18,95 @@ from keras_mp.plan.request import Request
 
 # The exit code of a worker to which the kernel could give no descriptor.
 EXIT_NO_DESCRIPTOR = os.EX_TEMPFAIL
+# What the system says when it has none, for this process or for all.
+NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
 
 
-@dataclasses.dataclass(frozen=True)
-class Hello:
+Place = tuple[int, int]  # (offset, bytes) in a slot or segment
+
+
+class Setup(NamedTuple):
     """First message to a worker: how its interpreter should look."""
 
     path: list[str]
     python_path: str | None
 
 
+class Ready(NamedTuple):
+    """First message from a worker: it has set itself up."""
+
+    pid: int
+
+
 @dataclasses.dataclass(frozen=True)
-class Load:
+class SetLoader:
     """A loader, or a new version of one. Two descriptors come along: the pickle's segment and the large arrays' one.
 
-    `small` and `large` are (offset, bytes) of the out-of-band buffers in the order of the pickle; `order` says from
-    which of the two each comes.
+    Attributes:
+        loader: its number.
+        version: counts its states.
+        pickle: place of the pickle, in the first segment.
+        small, large: places of the out-of-band buffers in each of the two, in the order of the pickle.
+        order: for each buffer, whether it is a large one.
+        sizes: bytes of the two segments.
     """
 
-    task: int
+    loader: int
     version: int
-    pickle: tuple[int, int]
-    small: list[tuple[int, int]]
-    large: list[tuple[int, int]]
+    pickle: Place
+    small: list[Place]
+    large: list[Place]
     order: list[bool]
     sizes: tuple[int, int]
 
 
 class Run(NamedTuple):
-    """A request for batches, in one slot. With `slot_size` None there is no slot: they go through the socket.
+    """A request for batches, to be built in one slot.
 
     `requests` may be the length of their pickle, which is then at the start of the slot. A slot the worker has not seen
     yet comes as a descriptor.
     """
 
     number: int
-    task: int
+    loader: int
     slot: int
-    slot_size: int | None
+    slot_size: int
     requests: list[Request] | int
 
 
-@dataclasses.dataclass(frozen=True)
-class Forget:
-    """What will not be used any more: a whole task, or (with numbers) slots of it."""
+class Forget(NamedTuple):
+    """What will not be used any more: a loader and all its slots, or (with numbers) slots of it."""
 
-    task: int
+    loader: int
     slots: tuple[int, ...] | None = None
 
 
 class Done(NamedTuple):
-    """A batch: its pickle, or where that lies; its buffers, or their places."""
+    """A batch: its pickle, or where that lies; the places of its buffers."""
 
-    header: bytes | tuple[int, int]
-    buffers: list[tuple[int, int]] | list[bytes]
+    header: bytes | Place
+    buffers: list[Place]
     failures: tuple[SampleFailure, ...]
     load_s: float
-    refused: str = ""
 
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers."""
-        return sum(buffer[1] if isinstance(buffer, tuple) else len(buffer) for buffer in self.buffers)
+        return sum(size for _, size in self.buffers)
+
+
+class Refused(NamedTuple):
+    """A batch for which the system refused shared memory.
+
+    Attributes:
+        error: the system's.
+        nbytes: what the slot would have been, at most.
+        where: the process, in words.
+    """
+
+    error: OSError
+    nbytes: int
+    where: str
 
 
 class Failed(NamedTuple):
@@ -96,8 +124,8 @@ class Reply(NamedTuple):
     """
 
     number: int
-    batches: list[Done | Failed]
-    slot_size: int | None
+    batches: list[Done | Failed | Refused]
+    slot_size: int
     slot_is_held: bool = False
 
 

@@ -1,4 +1,4 @@
-"""Starting one worker process, and ending it: descriptors, environment, exit status. What runs on it is `pool`'s.
+"""Starting one worker process, and ending it: descriptors, environment, exit status. Knows nothing of batches.
 
 A worker leads a process group of its own, so that the processes which the user's code starts in it end with it (P4):
 whoever kills a worker, parent or kernel, kills its group. A child that was put in a session or group of its own is out
@@ -23,7 +23,7 @@ from collections.abc import Mapping
 
 from keras_mp.memory import frames
 from keras_mp.memory.files import create_memory_file
-from keras_mp.workers.messages import Hello
+from keras_mp.workers.messages import EXIT_NO_DESCRIPTOR, Setup
 
 KILL_GRACE_S = 3.0  # what a killed process gets to be gone: giving back much memory takes a while
 _STDERR_TAIL_BYTES = 8192
@@ -60,7 +60,7 @@ class Process:
     def __init__(self, environment: Mapping[str, str]) -> None:
         python_path = environment["PYTHONPATH"].partition(os.pathsep)[2] or None  # without this package's own place
         extra_path = [] if python_path is None else python_path.split(os.pathsep)
-        hello = Hello([*(p for p in extra_path if p not in sys.path), *sys.path], python_path)
+        setup = Setup([*(p for p in extra_path if p not in sys.path), *sys.path], python_path)
         self.ready = False
         self.started = time.monotonic()
         self.killed_at: float | None = None
@@ -87,12 +87,12 @@ class Process:
             self.pid = self._popen.pid
             undo.callback(self.end)
             with contextlib.suppress(OSError):  # it is dead already, and the end of its socket will tell
-                frames.send(self.sock, hello)
+                frames.send(self.sock, setup)
             self.sock.setblocking(False)
             undo.pop_all()
 
-    def hello(self) -> None:
-        """The worker has answered: from now on its stderr is ours."""
+    def set_ready(self) -> None:
+        """The worker has set itself up: from now on its stderr is ours."""
         self.ready = True
         self._close_stderr_file()
 
@@ -202,6 +202,8 @@ def _duplicate_stderr() -> int:
 
 def describe_exit(code: int) -> str:
     """An exit code in words: "signal SIGKILL" or "exit code 3"."""
+    if code == EXIT_NO_DESCRIPTOR:
+        return f"exit code {code} (it had no file descriptor left)"
     if code >= 0:
         return f"exit code {code}"
     try:

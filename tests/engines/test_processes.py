@@ -424,11 +424,11 @@ def test_a_worker_that_died_idle_is_not_held_against_a_batch_that_killed_another
         (job,) = client.submit([Request(0, 0, range(4))])
         assert eventually((tmp_path / "there").exists)
         dispatcher = pool._dispatcher
-        with dispatcher._lock:
-            busy, idle = sorted(dispatcher._seats, key=lambda seat: not seat.jobs)
-            for seat in (busy, idle):
-                os.kill(seat.process.pid, signal.SIGKILL)
-                process = psutil.Process(seat.process.pid)
+        with dispatcher.lock:
+            busy, idle = sorted(dispatcher.workers.handles, key=lambda handle: not handle.jobs)
+            for handle in (busy, idle):
+                os.kill(handle.process.pid, signal.SIGKILL)
+                process = psutil.Process(handle.process.pid)
                 assert eventually(functools.partial(_is_zombie, process))
         assert client.result(job).batch.tolist() == [0, 1, 2, 3]
         client.close()

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 import keras_mp
-from keras_mp.workers import handle as seat
+from keras_mp.workers import handle
 from tests.census import eventually, is_gone, worker_pids
 from tests.faults import scripts
 from tests.faults.common import digest, digests, harmed, undisturbed
@@ -438,7 +438,7 @@ def test_all_workers_killed_at_once(tmp_path: Path) -> None:
 def test_a_worker_stopped_and_continued_in_time_is_not_replaced(
     tmp_path: Path, pool: keras_mp.WorkerPool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(seat, "_STOPPED_GRACE_S", 60.0)
+    monkeypatch.setattr(handle, "_STOPPED_GRACE_S", 60.0)
     harm = Harm("SIGSTOP", tmp_path)
     with harmed("load", harm, pool=pool) as dataset:
         taker = _Taker(lambda: digests(dataset))

@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 
 import keras_mp
-from keras_mp.workers import handle as seat
-from keras_mp.workers import starts
+from keras_mp.workers import handle, start_record
 from tests.census import eventually
 from tests.faults import harm as harms
 from tests.faults.common import digests, harmed, undisturbed
@@ -37,7 +36,7 @@ _AT = {
 
 @pytest.fixture(autouse=True)
 def _short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(seat, "_STOPPED_GRACE_S", 0.5)
+    monkeypatch.setattr(handle, "_STOPPED_GRACE_S", 0.5)
 
 
 def _timeout_s(kind: str) -> float | None:
@@ -200,9 +199,9 @@ def test_workers_that_die_while_starting_are_replaced(kind: str, times: int, tmp
 def test_workers_that_cannot_start_are_an_error(
     kind: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(starts, "_PATIENCE_S", 1.0)
+    monkeypatch.setattr(start_record, "_PATIENCE_S", 1.0)
     if kind == "hang":
-        monkeypatch.setattr(seat, "_START_TIMEOUT_S", 1.0)
+        monkeypatch.setattr(handle, "_START_TIMEOUT_S", 1.0)
     code = f"import sys\nprint('here it goes', file=sys.stderr, flush=True)\n{_striking(Harm(kind, tmp_path, ALWAYS))}"
     with _pool_with(code, tmp_path, workers=2) as pool, harmed("load", None, pool=pool) as dataset:
         with pytest.raises(keras_mp.WorkerCrashed, match="a worker process could not start") as caught:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import psutil
 import pytest
 
 import keras_mp
-from keras_mp.workers.dispatcher import _INLINE_SAMPLES
+from keras_mp.workers.handle import INLINE_SAMPLES
 from tests.census import eventually
 from tests.faults import scripts
 from tests.faults.common import digest, digests, harmed, undisturbed
@@ -27,76 +28,115 @@ Array = npt.NDArray[Any]
 
 # -- refused ---------------------------------------------------------------------------------------------------------
 
+_EVERYBODY = "for pid in dataset.stats()['pids']: resource.prlimit(pid, resource.RLIMIT_FSIZE, ({size}, -1))"
+_FILES_LEFT = "(len(os.listdir('/proc/self/fd')) - 1, resource.getrlimit(resource.RLIMIT_NOFILE)[1])"
+# What refuses it, and what the error says of that.
 _REFUSALS = {
-    "slots cannot be made larger by workers": (
-        "for pid in dataset.stats()['pids']: resource.prlimit(pid, resource.RLIMIT_FSIZE, (4096, -1))",
-        "File too large",
-    ),
+    "slots cannot be made larger by workers": (_EVERYBODY.format(size=4096), r"process \d+", "ulimit -f"),
     "slots cannot be made by the parent": (
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100, -1))",
-        "File too large",
+        "the training process",
+        "ulimit -f",
+    ),
+    "requests cannot be written to the slot": (
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, -1))",
+        "the training process",
+        "ulimit -f",
     ),
     "no descriptor is left in the parent": (
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir('/proc/self/fd')) - 1, soft[1][1][1]))",
-        "Too many open files",
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, {_FILES_LEFT})",
+        "the training process",
+        "ulimit -n",
     ),
 }
-
-
-@pytest.mark.parametrize("refusal", _REFUSALS)
-@pytest.mark.parametrize("samples", [4, 3 * _INLINE_SAMPLES])
-def test_without_shared_memory_batches_come_through_the_socket(refusal: str, samples: int, tmp_path: Path) -> None:
-    """With one warning, which may itself be an error; long lists of samples too."""
-    refuse, reason = _REFUSALS[refusal]
-    code = f"""
-    import resource, warnings
+_REASONS = {"ulimit -f": "File too large", "ulimit -n": "Too many open files"}
+_SETTING = """
+    import resource
     source = np.random.default_rng(1).random((6 * {samples}, 30 if {samples} > 100 else 1000))
     order = lambda epoch, rng: rng.permutation(len(source))
     def make(**options):
         return keras_mp.PoolDataset(source, batch_size={samples}, seed=3, order=order, max_queue_size=2, **options)
     with make(workers=0) as plain:
         expected = digests(plain) + digests(plain)
-    for action in "always", "error":
-      with make(workers=2, pool=None if action == "always" else keras_mp.WorkerPool(2)) as dataset:
-        soft = [(limit, resource.getrlimit(limit)) for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE)]
-        dataset[0]
-        dataset.set_epoch(0)
-        {refuse}
-        held = []
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter(action)
-            got = []
-            while len(got) < 12:
-                try:
-                    for batch in dataset:
-                        held.append(batch)
-                        got += digests([batch])
-                except RuntimeWarning as warning:
-                    print("raised", warning)
-                    dataset.set_epoch(0)
-                    got.clear()
-        assert [str(warning.message).count("no shared memory for a batch") for warning in caught] in ([1], [])
-        for warning in caught:
-            print("told", warning.message)
-        assert got == expected
-        assert digests(held)[-12:] == expected
-        del held
+    soft = [(limit, resource.getrlimit(limit)) for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE)]
+    def lift():
         for limit, values in soft:
             resource.setrlimit(limit, values)
+        {lift}
+"""
+
+
+@pytest.mark.parametrize(
+    ("refusal", "samples"),
+    [(name, count) for name in _REFUSALS for count in (4, 3 * INLINE_SAMPLES) if count > 4 or "requests" not in name],
+)
+def test_a_batch_that_memory_is_refused_for_is_an_error(refusal: str, samples: int, tmp_path: Path) -> None:
+    """It says which limit, and how much; nothing is lost: when the limit is lifted, that batch comes next (P1)."""
+    refuse, where, limit = _REFUSALS[refusal]
+    code = (
+        _SETTING.format(samples=samples, lift=_EVERYBODY.format(size=-1))
+        + f"""
+    with make(workers=2) as dataset:
+        dataset[0]
+        dataset.set_epoch(0)
+        held = []
+        for _ in range(2):
+            {refuse}
+            try:
+                for batch in dataset:
+                    held.append(batch)
+                    del batch
+            except keras_mp.KerasMPError as error:
+                print("told", str(error))
+            state = dataset.state_dict()
+            lift()
+            dataset.load_state_dict(state)
+            held += dataset  # the rest of the epoch
+        assert digests(held) == expected
+        stats = dataset.stats()
+        assert stats["restarts"] == 0 and len(stats["pids"]) == 2, stats
+        assert stats["slots"] <= len(held) + 4, stats
+        del held
     print("right")
     """
+    )
     said = scripts.run(code, tmp_path)
     assert said.splitlines()[-1] == "right", said
-    assert said.count("told keras_mp: no shared memory for a batch") == 1, said
-    assert said.count("raised keras_mp: no shared memory for a batch") == 1, said
-    assert said.count(reason) == 2
+    told = [line for line in said.splitlines() if line.startswith("told")]
+    assert len(told) == 2, said
+    for line in told:
+        assert re.search(rf"no shared memory for batch \d of epoch [01]: {where} was refused \d+ bytes", line), said
+        assert _REASONS[limit] in line
+        assert limit in line
+
+
+def test_memory_that_was_refused_while_reading_ahead_is_asked_for_again(tmp_path: Path) -> None:
+    """By the time that the batch is wanted, the limit has been lifted."""
+    code = (
+        _SETTING.format(samples=4, lift="")
+        + """
+    with make(workers=1) as dataset:
+        iterator = iter(dataset)
+        held = [next(iterator)]
+        while dataset.stats()["queued"] + dataset.stats()["running"]:
+            time.sleep(0.01)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, -1))
+        held.append(next(iterator))
+        lift()
+        held += iterator
+        assert digests(held) == expected[:6]
+        assert dataset.stats()["slots"] <= 8
+        del held
+    print("right")
+    """
+    )
+    assert scripts.run(code, tmp_path).splitlines()[-1] == "right"
 
 
 def test_address_space_refused_in_a_worker(tmp_path: Path) -> None:
-    """A worker that cannot map a large slot says so of the batch, or sends it otherwise; it does not die in silence."""
+    """A worker that cannot map a large slot says so of the batch; it does not die in silence."""
     code = """
-    import resource, warnings
-    warnings.simplefilter("ignore")
+    import resource
     def transform(index):
         if index == 5:
             limit = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize")) << 10
@@ -127,15 +167,15 @@ def test_address_space_refused_in_the_parent(tmp_path: Path) -> None:
     """
     said = scripts.run(code, tmp_path)
     assert "batch 2 of epoch 0" in said
-    assert "could not be mapped" in said
+    assert "the training process was refused" in said
+    assert "Cannot allocate memory" in said
     assert "ulimit -v" in said
 
 
 def test_descriptors_that_run_out_while_workers_start(tmp_path: Path) -> None:
     """Whatever step it is that fails: an error that says what to do, or the right batches; and nothing is left open."""
     code = """
-    import resource, warnings
-    warnings.simplefilter("ignore")
+    import resource
     expected = undisturbed()
     gc.collect()
     before = len(os.listdir("/proc/self/fd"))
@@ -181,7 +221,6 @@ def test_a_pool_starts_no_more_workers_than_there_is_work(pool: keras_mp.WorkerP
         assert len(many.stats()["pids"]) <= 4
 
 
-@pytest.mark.filterwarnings("ignore:keras_mp. no shared memory:RuntimeWarning")  # where a slot cannot grow any more
 def test_code_that_leaves_files_open(tmp_path: Path, pool: keras_mp.WorkerPool) -> None:
     """A worker that has run out of descriptors is replaced by a fresh one."""
     held = []

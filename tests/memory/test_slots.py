@@ -20,9 +20,13 @@ from keras_mp.memory import files, pickling
 from keras_mp.memory.control import CONTROL_BYTES, NOT_STARTED
 from keras_mp.memory.segment import Segment, map_segment
 from keras_mp.memory.slot_writer import SlotWriter
-from keras_mp.memory.slots import Arena, Lease, Slot
+from keras_mp.memory.slots import Lease, Slot, SlotPool
 
 Array = npt.NDArray[Any]
+
+
+def _free(slots: SlotPool) -> int:
+    return slots.free
 
 
 def _address(array: Array) -> int:
@@ -30,8 +34,8 @@ def _address(array: Array) -> int:
 
 
 @pytest.fixture
-def slots() -> Iterator[Arena]:
-    made = Arena()
+def slots() -> Iterator[SlotPool]:
+    made = SlotPool()
     yield made
     made.close()
 
@@ -100,7 +104,7 @@ def test_memory_is_aligned_disjoint_and_kept_while_the_slot_grows(sizes: list[in
         slot.close()
 
 
-def test_arrays_in_the_slot_are_not_copied_and_others_are(slots: Arena, connect: Connect) -> None:
+def test_arrays_in_the_slot_are_not_copied_and_others_are(slots: SlotPool, connect: Connect) -> None:
     lease = slots.acquire()
     worker = connect(lease.slot)
     inside = worker.memory.empty((100, 7), np.dtype(np.float32))
@@ -108,9 +112,9 @@ def test_arrays_in_the_slot_are_not_copied_and_others_are(slots: Arena, connect:
     grown = worker.memory.empty((50_000,), np.dtype(np.int64))  # beyond the first mapping
     grown[...] = 2
     outside = np.full((10,), 3.0)
-    used = worker.memory._end
+    used = worker.memory.end
     header, places = worker.answer({"a": inside, "b": grown, "c": outside, "d": inside[16:32]})
-    assert worker.memory._end - used < outside.nbytes + 64
+    assert worker.memory.end - used < outside.nbytes + 64
     batch = lease.decode(header, places)
     for key, value in {"a": 1, "b": 2, "c": 3, "d": 1}.items():
         assert (batch[key] == value).all()
@@ -118,7 +122,7 @@ def test_arrays_in_the_slot_are_not_copied_and_others_are(slots: Arena, connect:
     assert np.shares_memory(batch["a"], batch["d"])
 
 
-def test_a_view_off_alignment_is_copied_to_an_aligned_place(slots: Arena, connect: Connect) -> None:
+def test_a_view_off_alignment_is_copied_to_an_aligned_place(slots: SlotPool, connect: Connect) -> None:
     lease = slots.acquire()
     worker = connect(lease.slot)
     inside = worker.memory.empty((100,), np.dtype(np.float32))
@@ -128,7 +132,7 @@ def test_a_view_off_alignment_is_copied_to_an_aligned_place(slots: Arena, connec
     assert _address(batch) % 64 == 0
 
 
-def test_empty_arrays_take_no_slot_memory(slots: Arena, connect: Connect) -> None:
+def test_empty_arrays_take_no_slot_memory(slots: SlotPool, connect: Connect) -> None:
     lease = slots.acquire()
     worker = connect(lease.slot)
     assert worker.memory.empty((0, 5), np.dtype(np.float64)).shape == (0, 5)
@@ -137,30 +141,30 @@ def test_empty_arrays_take_no_slot_memory(slots: Arena, connect: Connect) -> Non
     assert batch[1].shape == ()
 
 
-def test_the_parent_sees_how_far_a_worker_is(slots: Arena, connect: Connect) -> None:
+def test_the_parent_sees_how_far_a_worker_is(slots: SlotPool, connect: Connect) -> None:
     lease = slots.acquire()
-    assert (lease.control.place, lease.control.position) == (0, NOT_STARTED)
+    assert (lease.control.batch, lease.control.position) == (0, NOT_STARTED)
     worker = connect(lease.slot)
     worker.memory.begin_sample(7)
-    assert (lease.control.place, lease.control.position) == (0, 7)
+    assert (lease.control.batch, lease.control.position) == (0, 7)
     worker.memory.begin_batch(1)
-    assert (lease.control.place, lease.control.position) == (1, NOT_STARTED)
+    assert (lease.control.batch, lease.control.position) == (1, NOT_STARTED)
     worker.memory.begin_sample(2)
-    assert (lease.control.place, lease.control.position) == (1, 2)
+    assert (lease.control.batch, lease.control.position) == (1, 2)
     del lease
     gc.collect()
     assert slots.acquire().control.position == NOT_STARTED
 
 
 @pytest.mark.parametrize("size", [10, 5 * mmap.PAGESIZE])
-def test_a_long_request_travels_in_the_slot(slots: Arena, connect: Connect, size: int) -> None:
+def test_a_long_request_travels_in_the_slot(slots: SlotPool, connect: Connect, size: int) -> None:
     lease = slots.acquire()
     data = os.urandom(size)
     lease.slot.write(data)
     assert connect(lease.slot).memory.read(size) == data
 
 
-def test_a_header_in_the_slot(slots: Arena, connect: Connect) -> None:
+def test_a_header_in_the_slot(slots: SlotPool, connect: Connect) -> None:
     lease = slots.acquire()
     worker = connect(lease.slot)
     header, places = worker.answer(["text", np.arange(5)])
@@ -200,37 +204,38 @@ class _Interface:
 
 @pytest.mark.parametrize("view", _LAST_VIEWS.values(), ids=_LAST_VIEWS)
 def test_a_slot_returns_only_after_its_last_view(
-    slots: Arena, connect: Connect, view: Callable[[Array], Any]
+    slots: SlotPool, connect: Connect, view: Callable[[Array], Any]
 ) -> None:  # P6
     lease = slots.acquire()
     slot = lease.slot
     batch = lease.decode(*connect(slot).answer([np.arange(10.0), np.arange(10.0, 20.0)]))
     del lease
     gc.collect()
-    assert not slots._freed, "batch alive"
+    assert not _free(slots), "batch alive"
     last = view(batch[1])
     del batch
     gc.collect()
-    assert not slots._freed, "view alive"
+    assert not _free(slots), "view alive"
     other = slots.acquire()
     assert other.slot is not slot
     del last
     gc.collect()
-    assert slot in slots._freed
+    assert _free(slots) == 1
+    assert slots.acquire().slot is slot
     del other
     gc.collect()
 
 
-def test_a_copy_does_not_hold_the_slot(slots: Arena, connect: Connect) -> None:
+def test_a_copy_does_not_hold_the_slot(slots: SlotPool, connect: Connect) -> None:
     lease = slots.acquire()
     copy = lease.decode(*connect(lease.slot).answer(np.arange(10.0))).copy()
     del lease
     gc.collect()
-    assert len(slots._freed) == 1
+    assert _free(slots) == 1
     np.testing.assert_array_equal(copy, np.arange(10.0))
 
 
-def test_what_torch_holds_is_not_overwritten(slots: Arena, connect: Connect) -> None:  # P6
+def test_what_torch_holds_is_not_overwritten(slots: SlotPool, connect: Connect) -> None:  # P6
     torch = pytest.importorskip("torch")
     lease = slots.acquire()
     batch = lease.decode(*connect(lease.slot).answer(np.arange(10.0)))
@@ -239,13 +244,13 @@ def test_what_torch_holds_is_not_overwritten(slots: Arena, connect: Connect) -> 
     del lease, batch
     gc.collect()
     assert tensor.data_ptr() == address
-    assert not slots._freed
+    assert not _free(slots)
     del tensor
     gc.collect()
-    assert len(slots._freed) == 1
+    assert _free(slots) == 1
 
 
-def test_batches_stay_valid_when_the_arena_closes_and_when_the_slot_grows(slots: Arena, connect: Connect) -> None:
+def test_batches_stay_valid_when_their_pool_closes_and_when_the_slot_grows(slots: SlotPool, connect: Connect) -> None:
     lease = slots.acquire()
     slot = lease.slot
     batch = lease.decode(*connect(slot).answer(np.arange(10.0)))
@@ -261,7 +266,7 @@ def test_batches_stay_valid_when_the_arena_closes_and_when_the_slot_grows(slots:
     gc.collect()
 
 
-def test_slots_are_reused_the_warmest_first(slots: Arena) -> None:
+def test_slots_are_reused_the_warmest_first(slots: SlotPool) -> None:
     first, second = slots.acquire(), slots.acquire()
     warm = second.slot
     del first
@@ -272,7 +277,7 @@ def test_slots_are_reused_the_warmest_first(slots: Arena) -> None:
     assert len(slots.slots) == 2
 
 
-def _lease(slots: Arena, size: int = 0) -> Lease:
+def _lease(slots: SlotPool, size: int = 0) -> Lease:
     """A lease on a slot of some size whose batch the consumer has taken."""
     lease = slots.acquire()
     _grow(lease.slot, size)
@@ -288,7 +293,7 @@ def _grow(slot: Slot, size: int) -> None:
 
 
 @pytest.mark.parametrize(("size", "most"), [(0, 1 + 2 * 2 + 4 + 8), (100 << 20, 1 + 2 * 2 + 4)])
-def test_trim_gives_memory_back_after_a_burst(slots: Arena, size: int, most: int) -> None:
+def test_trim_gives_memory_back_after_a_burst(slots: SlotPool, size: int, most: int) -> None:
     leases = [_lease(slots, size) for _ in range(40)]
     assert slots.trim() == []
     assert len({lease.slot.fd for lease in leases}) == 40
@@ -305,7 +310,7 @@ def test_trim_gives_memory_back_after_a_burst(slots: Arena, size: int, most: int
 
 @pytest.mark.parametrize("in_flight", [1, 3, 10, 40])
 @pytest.mark.parametrize("held", [0, 1, 4])
-def test_steady_state_makes_no_slot_and_keeps_none_it_does_not_need(slots: Arena, in_flight: int, held: int) -> None:
+def test_steady_state_makes_no_slot_and_keeps_none_it_does_not_need(slots: SlotPool, in_flight: int, held: int) -> None:
     """Epochs that begin with nothing, read ahead, and let go of what they hold all at once, or not at all."""
     made = []
     for epoch in range(12):
@@ -326,7 +331,7 @@ def test_steady_state_makes_no_slot_and_keeps_none_it_does_not_need(slots: Arena
         del reading, holding
 
 
-def test_a_retired_slot_is_never_lent_again(slots: Arena, connect: Connect) -> None:
+def test_a_retired_slot_is_never_lent_again(slots: SlotPool, connect: Connect) -> None:
     lease = slots.acquire()
     number = lease.slot.number
     batch = lease.decode(*connect(lease.slot).answer(np.arange(10.0)))
@@ -340,7 +345,7 @@ def test_a_retired_slot_is_never_lent_again(slots: Arena, connect: Connect) -> N
     assert number not in slots.slots
 
 
-def test_no_memory_is_an_os_error_and_leaves_nothing(slots: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_memory_is_an_os_error_and_leaves_nothing(slots: SlotPool, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(fd: int, size: int) -> None:
         raise OSError(28, "No space left on device")
 

@@ -9,9 +9,9 @@ import numpy.typing as npt
 import pytest
 
 import keras_mp
-from keras_mp.engines.processes import PoolClient
 from keras_mp.loading.loader import BatchLoader, Loader, SampleLoader
 from keras_mp.plan.request import Request
+from keras_mp.workers.client import PoolClient
 
 Array = npt.NDArray[Any]
 

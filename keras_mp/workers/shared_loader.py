@@ -1,0 +1,114 @@
+"""One dataset as the pool has it: its loader, packed in shared memory, its slots, and how fast its batches are made.
+
+The dispatcher and the jobs hold this, and it holds neither of them, nor the client or anything of the consumer's: so a
+dataset that nobody uses any more can be collected while its batches are on their way. No thread waits here for another.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+
+from keras_mp.errors import PoolClosed
+from keras_mp.memory.segment import Segment
+from keras_mp.memory.slots import SlotPool
+from keras_mp.workers.faults import SampleNames
+from keras_mp.workers.messages import SetLoader
+
+# Batches that take less than this are handed out several at a time, and the next ones before these are done: the way
+# there and back would cost more than a batch. Others are handed out one by one, so that none waits behind a slow one.
+_SHORT_LOAD_S, _SHORT_BUNDLE = 0.002, 4
+# And of these one worker makes more than a consumer can take, so that it costs nothing to leave the others idle.
+_TINY_LOAD_S, _TINY_BUNDLE = 0.00015, 8
+_BUNDLE_BYTES = 1 << 20  # as one batch that is kept keeps the slot of them all
+
+_numbers = itertools.count()
+
+
+class SharedLoader:
+    """A loader in shared memory, and the slots that its batches are built in.
+
+    Args:
+        samples: tells of which samples a batch is made.
+        timeout_s: seconds that a batch may take in a worker; None: any time.
+    """
+
+    def __init__(self, samples: SampleNames, timeout_s: float | None) -> None:
+        self.number = next(_numbers)
+        self.samples = samples
+        self.timeout_s = timeout_s
+        self.slots = SlotPool()
+        self.version = 0  # of the state that workers are to use
+        self.closed = False
+        self.closed_at = 0.0
+        self._mean_load_s = _SHORT_LOAD_S
+        self._batch_bytes = _BUNDLE_BYTES
+        self._lock = threading.Lock()  # of what follows, and never held for long
+        self._message: SetLoader | None = None
+        self._segments: tuple[Segment, ...] = ()
+        self._retired: list[Segment] = []  # the dispatcher may still be sending their descriptors
+
+    def replace(self, message: SetLoader, segments: tuple[Segment, Segment]) -> None:
+        """From now on workers get this state of the loader. Segments that come again stay as they are."""
+        with self._lock:
+            self._retired += [segment for segment in self._segments if segment not in segments]
+            self._message, self._segments, self.version = message, segments, message.version
+        if self.closed:
+            self.close()
+
+    def message(self) -> tuple[SetLoader, list[int]]:
+        """What gives a worker this loader, and the descriptors that go with it, valid until the next call.
+
+        Raises:
+            PoolClosed: the dataset has been closed.
+        """
+        with self._lock:
+            while self._retired:
+                self._retired.pop().close()
+            message, segments = self._message, self._segments
+        if self.closed:
+            self.close()
+        if self.closed or message is None:
+            raise PoolClosed("the dataset has been closed")
+        return message, [segment.fd for segment in segments]
+
+    @property
+    def depth(self) -> int:
+        """How many bundles of its batches one worker may hold at once."""
+        return 2 if self._mean_load_s < _SHORT_LOAD_S else 1
+
+    @property
+    def bundle_size(self) -> int:
+        """How many of its batches may go to a worker together."""
+        if self._mean_load_s >= _SHORT_LOAD_S:
+            return 1
+        most = _SHORT_BUNDLE if self.spreads else _TINY_BUNDLE
+        return max(1, min(most, _BUNDLE_BYTES // max(1, self._batch_bytes)))
+
+    @property
+    def spreads(self) -> bool:
+        """Whether it is worth while to keep several workers busy."""
+        return self._mean_load_s >= _TINY_LOAD_S
+
+    def record_batch(self, load_s: float, nbytes: int) -> None:
+        """Takes a batch's loading time and size into account."""
+        self._mean_load_s += 0.2 * (load_s - self._mean_load_s)
+        self._batch_bytes = nbytes
+
+    def close(self) -> None:
+        """Gives up segments and slots; batches that the consumer holds stay valid.
+
+        Called by finalisers too, so it waits for no lock: who holds it closes what it finds closed.
+        """
+        if not self.closed:
+            self.closed, self.closed_at = True, time.monotonic()
+        self.slots.close()
+        if self._lock.acquire(blocking=False):
+            try:
+                for segment in (*self._segments, *self._retired):
+                    segment.close()
+                self._message, self._segments = None, ()
+                self._retired.clear()
+            finally:
+                self._lock.release()
