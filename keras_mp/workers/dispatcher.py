@@ -262,7 +262,8 @@ class Dispatcher:
         said = handle.process.captured_stderr()
         end = handle.settle()
         if not handle.process.ready:
-            if self._starts.add_failure(end) and not self.workers.handles:
+            # While another is ending, too, its failure would be that of jobs which come after this answer.
+            if self._starts.add_failure(end) and not self.workers.handles and not self.workers.are_ending:
                 self._queue.fail_all(
                     f"a worker process could not start: it {end.text}. It said:\n{said or '(nothing)'}"
                 )
