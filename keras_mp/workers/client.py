@@ -95,8 +95,8 @@ class PoolClient:
     def update(self, loader: Loader) -> bool:
         """Uses a new state of the loader for the requests that follow; large arrays that have not changed stay.
 
-        Where nothing has changed it costs the pickling, and a comparison: a quarter of a second for 1 GiB of arrays, and
-        none for what the loader has as a `shared_view`.
+        Where nothing has changed it costs the pickling, and a comparison: a quarter of a second for 1 GiB of arrays,
+        and none for what the loader has as a `shared_view`.
 
         Returns:
             Whether anything has changed since the last time.
