@@ -651,10 +651,7 @@ class _Part:
         first = self._index if self._stride > 1 else 0
         if begun_by.numbers[0] != first:
             return [permuted]
-        allowed = [permuted, [plain[0], *(record for record in permuted if record != plain[0])]]
-        if begun_by.numbers[:2] == [first, first + self._stride][: len(begun_by.numbers)]:
-            allowed.append(plain)
-        return allowed
+        return [permuted, plain]  # a pass that begins in order by chance may be taken for one that is
 
     def _check_look(self, run: _Run) -> None:
         plain = self.plain(run.epoch)
