@@ -91,6 +91,8 @@ def test_where_only_keras_shuffles_each_epoch_has_an_order_of_its_own(consumed: 
     assert [sorted(epoch) for epoch in fit] == [batches] * 3
     assert fit[0] != fit[1] != fit[2] != fit[0]
     assert consumed["plain/nosy"]["fits"] == [fit]
+    first, *others = consumed["plain/seeds"]["fits"]
+    assert others == [first] * 9  # whatever Keras draws
     (picked,) = consumed["plain/picked"]["fits"]
     assert [sorted(epoch) for epoch in picked] == [batches] * 3
     (short,) = consumed["plain/short"]["fits"]

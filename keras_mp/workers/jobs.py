@@ -62,7 +62,7 @@ class Job:
 
     def refuse(self, error: OSError, nbytes: int, where: str = "the training process") -> None:
         """The system has refused memory for the batch, `nbytes` in all; it can be asked for again."""
-        self.refused = not self.done
+        self.refused |= not self.done
         self.fail(
             KerasMPError(
                 f"no shared memory for {self.name}: {where} was refused {nbytes} bytes: {error}. {_remedy(error)} "
