@@ -167,6 +167,23 @@ def test_what_was_loaded_ahead_of_a_pass_is_used_unless_something_has_changed(ch
     assert again <= (2 * 4 if changed else 1), loaded
 
 
+@pytest.mark.parametrize("way", [_in_order, lambda count, epoch: [*range(count)][::-1]])
+def test_a_change_after_a_pass_was_read_ahead_for_reaches_it(way: Way) -> None:
+    class Scale:
+        factor = 1
+
+        def __call__(self, sample: int) -> int:
+            return sample * self.factor
+
+    transform = Scale()
+    with _dataset(workers=1, shuffle=False, transform=transform, max_queue_size=4) as dataset:
+        dataset[0]
+        dataset.on_epoch_begin()
+        transform.factor = 100
+        (served,) = _passes(dataset, way, 1)
+    assert sorted(value for batch in served for value in batch) == [sample * 100 for sample in range(_SAMPLES)]
+
+
 def test_a_pass_that_is_given_up_leaves_its_epoch_to_the_next() -> None:
     dataset = _dataset()
     dataset.on_epoch_begin()

@@ -81,7 +81,7 @@ class Prefetch:
     def outdate(self) -> None:
         """The source or the functions have changed."""
         self.drop_looks()
-        self._outdated = self._pass
+        self._outdated, self.expected = self._pass, None  # so that a pass which has not begun is requested anew
 
     def renew(self) -> None:
         """Requests anew what has been requested for the pass and not been taken."""
