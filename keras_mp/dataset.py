@@ -10,7 +10,8 @@ import keras
 from keras_mp import checks
 from keras_mp.engines.choice import EngineChoice, Pool
 from keras_mp.loaded import LoadedDataset
-from keras_mp.loading.loader import BatchLoader, OnError, SampleLoader
+from keras_mp.loading.batch_loader import BatchLoader
+from keras_mp.loading.loader import OnError, SampleLoader
 from keras_mp.memory.pickling import dump_user_object
 from keras_mp.plan.batching import ENDLESS, Batching
 

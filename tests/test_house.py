@@ -14,7 +14,7 @@ _FLOORS = [
     {"dataset", "callbacks"},
     {"loaded"},
     {"bridge"},
-    {"tfdata", "callers", "auto_shard", "exits"},
+    {"tfdata", "callers", "auto_shard", "exits", "stats"},
     {"engines"},
     {"workers"},
     {"loading"},
