@@ -139,6 +139,7 @@ class Bridge(keras.utils.PyDataset):
         if asked is not None:
             with self._lock:
                 self._position.hand_out(asked)
+                self._served_so_far.handed_out.add(asked.run is not None)
         return with_tuples(batch) if on_tensorflow else batch
 
     def _ask(self, index: int, by_keras: bool) -> tuple[Asked | None, Any]:
@@ -196,8 +197,7 @@ class Bridge(keras.utils.PyDataset):
             moves = self._position.moves
         self._served_so_far.wait_is_of_training = not claim
         batches: list[Any] = []
-        told = iteration.first_epoch
-        ended = False
+        told, ended = iteration.first_epoch, False
         try:
             for epoch, place, _ in iteration.places():
                 if batches and (len(batches) == together or not ahead.is_ready()):
@@ -213,6 +213,7 @@ class Bridge(keras.utils.PyDataset):
                 try:
                     batch = self._served(ahead.next)
                     batches.append(batch if convert is None else convert(batch))
+                    self._served_so_far.handed_out.add()
                     del batch
                 except Exception:
                     if batches:
@@ -223,7 +224,7 @@ class Bridge(keras.utils.PyDataset):
                     self._hook_is_due |= ended and iteration.moves_the_dataset
             if batches:
                 yield batches
-            batches = []
+                batches = []
             self._run_due_hook()
         finally:
             ahead.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import time
 from collections.abc import Callable
@@ -35,6 +36,7 @@ class Training:
         batches: trained on.
         elapsed_s: how long that took.
         wait_s: how long of this no batch was there to train on.
+        step_s: how long a step took once its batch was there: the median.
         stats: of the dataset, in that time.
     """
 
@@ -42,6 +44,7 @@ class Training:
     batches: int
     elapsed_s: float
     wait_s: float
+    step_s: float
     stats: Stats
 
     @property
@@ -50,9 +53,10 @@ class Training:
         return min(1.0, self.wait_s / self.elapsed_s) if self.elapsed_s else 0.0
 
     @property
-    def step_s(self) -> float:
-        """Seconds that a step takes when its batch is there."""
-        return max(0.0, self.elapsed_s - self.wait_s) / self.batches if self.batches else 0.0
+    def samples_per_second(self) -> float:
+        """Samples trained on per second, by the size of the batches that were loaded in that time."""
+        size = self.stats.samples / max(1, self.stats.loaded_batches)
+        return self.batches * size / self.elapsed_s if self.elapsed_s else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +161,25 @@ class Stats:
         return dataclasses.replace(self, stages=stages, **change)
 
 
+class HandedOut:
+    """When the batches of passes and exports were handed out, the last of them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._times: collections.deque[float] = collections.deque(maxlen=_MAX_TIMES)
+
+    def add(self, of_a_pass: bool = True) -> None:
+        """One is handed out now; what is no batch of a pass, or export, is left out."""
+        if of_a_pass:
+            self._times.append(time.monotonic())
+            self.count += 1
+
+    def time(self, number: int) -> float | None:
+        """When batch `number`, from 0, was handed out, in seconds of `time.monotonic`; None if that is not known."""
+        index = number - (self.count - len(self._times))
+        return self._times[index] if 0 <= index < len(self._times) else None
+
+
 class ServedSoFar:
     """What has been taken from a dataset so far, and what that took.
 
@@ -165,6 +188,7 @@ class ServedSoFar:
         wait_s: how long whoever took them waited, in seconds.
         wait_is_of_training: whether that is not a thread of TensorFlow's.
         training: what `PipelineMonitor` has measured last.
+        handed_out: when batches of passes and exports were.
     """
 
     def __init__(self) -> None:
@@ -172,6 +196,7 @@ class ServedSoFar:
         self.wait_s = 0.0
         self.wait_is_of_training = True
         self.training: Training | None = None
+        self.handed_out = HandedOut()
         self._started_at: float | None = None
         self._work = WorkTotals()
 
@@ -221,6 +246,7 @@ class ServedSoFar:
         )
 
 
+_MAX_TIMES = 1 << 16  # enough for an epoch of so many steps
 _FIELDS = frozenset(field.name for field in dataclasses.fields(Stats))
 _SUMS = (
     "elapsed_s",
