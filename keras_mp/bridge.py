@@ -16,7 +16,6 @@ import multiprocessing
 import operator
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, Self
 
@@ -26,7 +25,7 @@ from keras_mp import auto_shard, exits
 from keras_mp.callers import current_call, is_keras, warn_of_keras_pool
 from keras_mp.engines.choice import EngineChoice, Running
 from keras_mp.engines.prefetch import Prefetch
-from keras_mp.errors import PoolClosed, SampleError
+from keras_mp.errors import PoolClosed, SampleError, warn_user
 from keras_mp.loading.base import Loaded, Loader
 from keras_mp.loading.collate import with_tuples
 from keras_mp.loading.failures import FailureLog
@@ -241,7 +240,7 @@ class Bridge(keras.utils.PyDataset):
         self._failures.add(loaded.failures)
         if loaded.failures and self._choice.by_keras and multiprocessing.parent_process() is not None:
             for failure in loaded.failures:  # in a process of Keras's, from which `failures` reaches nobody
-                warnings.warn(f"keras_mp: left out or replaced: {failure.describe()}", RuntimeWarning, stacklevel=2)
+                warn_user(f"keras_mp: left out or replaced: {failure.describe()}")
         return loaded.batch
 
     # -- epochs --------------------------------------------------------------------------------------------------

@@ -12,10 +12,11 @@ import functools
 import inspect
 import sys
 import threading
-import warnings
 from types import CodeType, FrameType
 
 import keras
+
+from keras_mp.errors import warn_user
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,13 +92,11 @@ def is_keras(frame: FrameType | None, called: object) -> bool:
 def warn_of_keras_pool() -> None:
     """Tells the user where Keras's own pool does not give each batch once."""
     if keras.backend.backend() != "tensorflow":
-        warnings.warn(
+        warn_user(
             f"keras_mp: pool='keras' on {keras.backend.backend()}: where Keras builds a model, or its metrics, from "
             "one batch, its own queue serves what it had read ahead for that in the next pass, so that batches are "
             "repeated and others left out in every epoch. Leave out pool= (each sample then comes once), or call fit() "
-            "on data of the same shapes first",
-            RuntimeWarning,
-            stacklevel=3,
+            "on data of the same shapes first"
         )
 
 

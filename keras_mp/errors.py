@@ -7,7 +7,10 @@ TensorFlow backend hands the user nothing but its text.
 from __future__ import annotations
 
 import dataclasses
+import os
+import sys
 import traceback
+import warnings
 from typing import Any, cast
 
 import numpy as np
@@ -130,6 +133,16 @@ def _text(self: SampleError) -> str:
 
 def _reduce(self: SampleError) -> tuple[Any, ...]:
     return sample_error, (self.failure, self.__cause__, self.note)
+
+
+def warn_user(text: str) -> None:
+    """Warns (RuntimeWarning), and names as its place the line of the user's own that led here, past Keras's code."""
+    packages = [module for name in ("keras_mp", "keras", "tensorflow") if (module := sys.modules.get(name))]
+    inside = tuple(os.path.dirname(module.__file__ or "") + os.sep for module in packages)
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, RuntimeWarning, stacklevel=level)
 
 
 def short_repr(value: Any, limit: int = 200) -> str:

@@ -10,13 +10,12 @@ import os
 import queue
 import threading
 import time
-import warnings
 import weakref
 from typing import Any
 
 from keras_mp.engines.futures import FuturesEngine, Job
 from keras_mp.engines.isolation import ThreadIsolation, ThreadLoader
-from keras_mp.errors import PoolClosed
+from keras_mp.errors import PoolClosed, warn_user
 from keras_mp.loading.base import Loader
 
 _JOIN_TIMEOUT_S = 2.0  # what the threads get to finish batches that nobody wants any more
@@ -67,12 +66,10 @@ class ThreadsEngine(FuturesEngine):
                 thread.join(max(0.0, deadline - time.monotonic()))
         stuck = [job.name for thread, job in list(self._running.items()) if thread != threading.get_ident()]
         if stuck:
-            warnings.warn(
+            warn_user(
                 f"keras_mp: {_JOIN_TIMEOUT_S:g} s after the dataset was closed, threads are still at "
                 f"{', '.join(stuck)}. A thread cannot be ended, so they are left running; use_multiprocessing=True "
-                "loads in processes, which can, and knows timeout=.",
-                RuntimeWarning,
-                stacklevel=3,
+                "loads in processes, which can, and knows timeout=."
             )
 
     def stats(self) -> dict[str, Any]:

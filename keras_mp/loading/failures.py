@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import collections
-import warnings
+import sys
 from collections.abc import Iterable
 
-from keras_mp.errors import SampleFailure, TooManyFailures
+from keras_mp.errors import SampleFailure, TooManyFailures, warn_user
 
 _MAX_KEPT = 1000
 
@@ -71,10 +71,10 @@ class FailureLog:
             return
         replaced = sum(seen.values())
         last = next((f for f in reversed(self._kept) if f.epoch == epoch), None)
-        warnings.warn(
+        if sys.stderr.isatty():
+            sys.stderr.write("\n")  # Keras's progress bar may stand in this line
+        warn_user(
             f"keras_mp: {len(seen)} of {self._epoch_samples} samples failed in epoch {epoch} and were left out "
             f"({len(seen) - replaced}) or replaced by others of the epoch ({replaced}); `dataset.failures` lists them. "
-            f"{'' if last is None else 'The last: ' + last.describe()}",
-            RuntimeWarning,
-            stacklevel=2,
+            f"{'' if last is None else 'The last: ' + last.describe()}"
         )

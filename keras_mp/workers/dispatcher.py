@@ -46,6 +46,7 @@ from keras_mp.workers.messages import Done, Refused, Reply
 from keras_mp.workers.shared_loader import SharedLoader
 from keras_mp.workers.start_record import StartRecord
 from keras_mp.workers.verdict import record_end
+from keras_mp.workers.waiting import Patience
 from keras_mp.workers.worker_set import WorkerSet
 
 _TICK_S = 0.5
@@ -74,8 +75,6 @@ class Dispatcher:
         self._ticking = False  # the thread looks around by itself, and need not be woken
         self._busy_at = 0.0
         self._starts = StartRecord()
-        self._restarts = self._timeouts = 0
-        self._ended_busy_s = self._ended_ready_s = 0.0
 
     # -- called by consumers -------------------------------------------------------------------------------------
 
@@ -105,12 +104,16 @@ class Dispatcher:
         Raises:
             PoolClosed: there is nobody left to give one.
         """
-        while not job.wait(_TICK_S):
-            self._check_owner()
-            if self._thread is None or not self._thread.is_alive():
-                if job.wait(0):
-                    break
-                raise PoolClosed("the pool was closed while this batch was being loaded")
+        if job.wait(_TICK_S):
+            return
+        with Patience(job) as patience:
+            while not job.wait(_TICK_S):
+                self._check_owner()
+                if self._thread is None or not self._thread.is_alive():
+                    if job.wait(0):
+                        break
+                    raise PoolClosed("the pool was closed while this batch was being loaded")
+                patience.look(self.workers.ready, self.workers.count)
 
     def give_up(self, loader: SharedLoader) -> None:
         """Has a loader, and what was asked of it, given up. For finalisers: takes no lock."""
@@ -139,19 +142,7 @@ class Dispatcher:
     def describe(self) -> dict[str, Any]:
         """Numbers for `stats()`."""
         with self.lock:
-            handles = self.workers.handles
-            return {
-                "workers": self.workers.count,
-                "pids": tuple(handle.process.pid for handle in handles),
-                "busy_s": tuple(handle.busy_s for handle in handles),
-                "ready_s": tuple(handle.ready_s for handle in handles),
-                "pool_busy_s": self._ended_busy_s + sum(handle.busy_s for handle in handles),
-                "pool_ready_s": self._ended_ready_s + sum(handle.ready_s for handle in handles),
-                "restarts": self._restarts,
-                "timeouts": self._timeouts,
-                "queued": len(self._queue),
-                "running": sum(len(handle.jobs) for handle in handles),
-            }
+            return {**self.workers.describe(), "queued": len(self._queue)}
 
     def before_fork(self) -> None:
         """Waits until no worker is half started, as its descriptors would stay open in the fork."""
@@ -203,6 +194,7 @@ class Dispatcher:
                     # On for a while: waking this thread for every batch would cost more than a look now and then.
                     # And as long as a consumer has batches: what it lets go of is given back.
                     self._ticking = now - self._busy_at < 4 * _TICK_S or any(each.slots.lent for each in self._loaders)
+                self.workers.log_ends()
                 for handle in gone:
                     self._read(handle, gone=True)  # first the answers that it has given
                 self._start_missing()
@@ -233,7 +225,7 @@ class Dispatcher:
                 if isinstance(message, Reply):
                     self._answer(handle, message)
                 else:
-                    handle.process.set_ready()
+                    handle.process.set_ready(message.where_fd)
                     self._starts.add_success()
                 self._queue.hand_out()
         if gone:
@@ -279,10 +271,7 @@ class Dispatcher:
                     f"a worker process could not start: it {end.text}. It said:\n{said or '(nothing)'}"
                 )
             return
-        self._restarts += 1
-        self._timeouts += end.cause == "late"
-        self._ended_busy_s += handle.busy_s
-        self._ended_ready_s += handle.ready_s
+        self.workers.record_end(handle.process.pid, end)
         job = handle.blamable
         if job is not None:
             record_end(job, end, handle.process.pid, handle.process.killed_at or 0.0)

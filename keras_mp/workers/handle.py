@@ -19,6 +19,7 @@ from keras_mp.workers.jobs import Bundle, Job
 from keras_mp.workers.messages import Forget, Run
 from keras_mp.workers.process import KILL_GRACE_S, Process
 from keras_mp.workers.shared_loader import SharedLoader
+from keras_mp.workers.waiting import StallWatch
 
 EXIT_GRACE_S = 2.0  # what a worker gets to end by itself, or to finish a batch that nobody wants any more
 INLINE_SAMPLES = 512  # a longer list of samples travels in the slot, so that a socket is never full
@@ -35,6 +36,7 @@ class WorkerHandle:
         replies: reads what it sends.
         bundles: what it has been asked for and has not answered, in order.
         end: how it ended; None as long as nothing is known of an end.
+        stalls: watches it for samples that take very long.
     """
 
     def __init__(self, process: Process) -> None:
@@ -42,6 +44,7 @@ class WorkerHandle:
         self.replies = frames.FrameReader(process.sock)
         self.bundles: collections.deque[Bundle] = collections.deque()
         self.end: WorkerEnd | None = None
+        self.stalls = StallWatch()
         self._writer = frames.FrameWriter(process.sock)
         self._versions: dict[int, int] = {}  # of the loaders that it has, by their numbers
         self._slots: set[tuple[int, int]] = set()  # that it has, by the numbers of loader and slot

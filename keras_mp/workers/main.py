@@ -28,6 +28,7 @@ from keras_mp.loading.base import Loader
 from keras_mp.loading.collate import allocating
 from keras_mp.loading.timing import WRITE, SlowestSamples, StageTimes
 from keras_mp.memory import frames, pickling
+from keras_mp.memory.files import create_memory_file
 from keras_mp.memory.segment import map_privately
 from keras_mp.memory.slot_writer import SlotWriter
 from keras_mp.plan.request import Request
@@ -241,6 +242,16 @@ def die_with_parent(lifeline: int) -> None:
     threading.Thread(target=watch, daemon=True, name="keras_mp-lifeline").start()
 
 
+def _write_where_on_signal() -> int:
+    """Has SIGUSR1 write the main thread's traceback to a memory file, also where C code holds the GIL."""
+    try:
+        where = create_memory_file()
+    except OSError:
+        return -1
+    faulthandler.register(signal.SIGUSR1, file=where, all_threads=False)
+    return where
+
+
 def main(arguments: list[str]) -> None:
     """Runs the worker; `arguments` are the descriptors of socket, lifeline and the parent's stderr."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
@@ -265,7 +276,7 @@ def main(arguments: list[str]) -> None:
     if said:  # by a sitecustomize, or the interpreter
         os.write(2, said)
     faulthandler.enable()
-    frames.send(sock, Ready(os.getpid()))
+    frames.send(sock, Ready(os.getpid(), _write_where_on_signal()))
     try:
         Worker(sock).serve()
     except (ConnectionError, BrokenPipeError):

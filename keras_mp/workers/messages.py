@@ -34,9 +34,13 @@ class Setup(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """First message from a worker: it has set itself up."""
+    """First message from a worker: it has set itself up.
+
+    `where_fd` is its own descriptor of a memory file to which it writes, on SIGUSR1, where in its code it stands.
+    """
 
     pid: int
+    where_fd: int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,6 +62,7 @@ class Process:
         extra_path = [] if python_path is None else python_path.split(os.pathsep)
         setup = Setup([*(p for p in extra_path if p not in sys.path), *sys.path], python_path)
         self.ready = False
+        self._where_fd = -1
         self.started = self.ready_at = time.monotonic()
         self.killed_at: float | None = None
         self._stderr_file = self._lifeline = -1
@@ -91,8 +92,13 @@ class Process:
             self.sock.setblocking(False)
             undo.pop_all()
 
-    def set_ready(self) -> None:
-        """The worker has set itself up: from now on its stderr is ours."""
+    def set_ready(self, where_fd: int) -> None:
+        """The worker has set itself up: from now on its stderr is ours.
+
+        Args:
+            where_fd: its own descriptor of the memory file in which it says where it stands; -1: it does not.
+        """
+        self._where_fd = where_fd
         self.ready, self.ready_at = True, time.monotonic()
         self._close_stderr_file()
 
@@ -103,6 +109,18 @@ class Process:
         size = os.fstat(self._stderr_file).st_size
         start = max(0, size - _STDERR_TAIL_BYTES)
         return os.pread(self._stderr_file, size - start, start).decode(errors="replace").strip()
+
+    def ask_where(self) -> None:
+        """Has the worker write down where in its code it stands, whatever it is doing; `where` reads that later."""
+        if self._where_fd >= 0 and self._popen.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGUSR1)
+
+    def where(self) -> str:
+        """Its traceback, as it was when asked; empty if that cannot be had."""
+        with contextlib.suppress(OSError), open(f"/proc/{self.pid}/fd/{self._where_fd}") as file:
+            return file.read(_STDERR_TAIL_BYTES)
+        return ""
 
     def is_stopped(self) -> bool:
         """Whether the process is stopped (SIGSTOP), which no socket ever tells."""

@@ -41,6 +41,8 @@ class SharedLoader:
         self.timeout_s = timeout_s
         self.slots = SlotPool()
         self.version = 0  # of the state that workers are to use
+        self.stall: str | None = None  # what is to be said of a worker that stands at a sample for long
+        self.stall_is_told = False
         self.closed = False
         self.closed_at = 0.0
         self.totals = WorkTotals()

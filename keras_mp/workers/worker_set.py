@@ -7,15 +7,21 @@ which does not hold the lock then. Which job a worker gets, and what its end mea
 
 from __future__ import annotations
 
+import collections
+import logging
 import selectors
 import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
+from keras_mp.workers.faults import WorkerEnd
 from keras_mp.workers.handle import EXIT_GRACE_S, WorkerHandle
 from keras_mp.workers.process import KILL_GRACE_S, Process, worker_environment
 from keras_mp.workers.shared_loader import SharedLoader
+
+_log = logging.getLogger("keras_mp")
 
 _LOOK_S = 0.25  # between looks at deadlines
 
@@ -37,6 +43,9 @@ class WorkerSet:
         self._ending: list[WorkerHandle] = []  # no more jobs for them; what they had is settled when they are gone
         self._environment = worker_environment(env, worker_threads)
         self._looked_at = 0.0
+        self._restarts = self._timeouts = 0
+        self._ends: collections.deque[str] = collections.deque()
+        self._ended_busy_s = self._ended_ready_s = 0.0  # of those that have ended
         self._wake_read, self._wake_write = socket.socketpair()
         try:
             self._selector = selectors.DefaultSelector()
@@ -52,6 +61,37 @@ class WorkerSet:
     def are_ending(self) -> bool:
         """Whether any of them is being waited for."""
         return bool(self._ending)
+
+    @property
+    def ready(self) -> int:
+        """How many have started."""
+        return sum(handle.process.ready for handle in list(self.handles))
+
+    def record_end(self, pid: int, end: WorkerEnd) -> None:
+        """Counts a worker whose place another one takes."""
+        self._restarts += 1
+        self._timeouts += end.cause == "late"
+        self._ends.append(f"worker process {pid} {end.text}; another takes its place")
+
+    def log_ends(self) -> None:
+        """Logs what `record_end` was told. Not under a lock, as a handler of the user's may wait."""
+        while self._ends:
+            _log.info(self._ends.popleft())
+
+    def describe(self) -> dict[str, Any]:
+        """Numbers for `stats()`."""
+        handles = self.handles
+        return {
+            "workers": self.count,
+            "pids": tuple(handle.process.pid for handle in handles),
+            "busy_s": tuple(handle.busy_s for handle in handles),
+            "ready_s": tuple(handle.ready_s for handle in handles),
+            "pool_busy_s": self._ended_busy_s + sum(handle.busy_s for handle in handles),
+            "pool_ready_s": self._ended_ready_s + sum(handle.ready_s for handle in handles),
+            "restarts": self._restarts,
+            "timeouts": self._timeouts,
+            "running": sum(len(handle.jobs) for handle in handles),
+        }
 
     @property
     def is_full(self) -> bool:
@@ -147,6 +187,7 @@ class WorkerSet:
                 gone.append(handle)
             else:
                 handle.check_deadline(now)
+                handle.stalls.check(handle.process, handle.current, now)
         return gone
 
     def remove(self, handle: WorkerHandle) -> None:
@@ -154,6 +195,8 @@ class WorkerSet:
         if handle in self.handles:
             self._selector.unregister(handle.process.sock)
             self.handles.remove(handle)
+            self._ended_busy_s += handle.busy_s
+            self._ended_ready_s += handle.ready_s
             self._ending.append(handle)
             handle.remove()
 

@@ -1,0 +1,98 @@
+"""What is said to whoever waits for a batch: that workers are starting, and that one has stood at a sample for long.
+
+The dispatcher's thread finds out and the consumer's says it: a warning that is turned into an error is then one of the
+consumer's code, and ends no pool.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import sys
+import time
+from typing import Any
+
+from keras_mp.errors import warn_user
+from keras_mp.loading.base import SAMPLES_DONE
+from keras_mp.memory.control import NOT_STARTED
+from keras_mp.workers.jobs import Job
+from keras_mp.workers.process import Process
+
+STALL_S = 60.0  # at one sample
+_START_IS_LONG_S = 2.0
+_OUR_CODE = str(pathlib.Path(__file__).resolve().parents[1] / "loading")
+
+
+class StallWatch:
+    """Watches one worker for a sample that takes a minute and more, where no `timeout` ends it."""
+
+    def __init__(self) -> None:
+        self._asked: tuple[Job, int] | None = None
+
+    def check(self, process: Process, job: Job | None, now: float) -> None:
+        """Looks at the batch that the worker is at; what is found is left at its loader, once."""
+        if job is None or job.loader.timeout_s is not None or job.loader.stall_is_told:
+            return
+        position = job.position
+        if position == NOT_STARTED or now - job.sample_since < STALL_S:
+            return
+        if self._asked != (job, position):
+            self._asked = job, position
+            process.ask_where()  # the answer is there when this looks again
+            return
+        self._asked = None
+        job.loader.stall_is_told = True
+        index = job.loader.samples.index_at(job.request, position)
+        if position == SAMPLES_DONE:
+            at = "has been put together"
+        else:
+            at = "has been at a sample" if index is None else f"has been at sample {index}"
+        where = process.where()
+        job.loader.stall = (
+            f"keras_mp: {job.name} {at} for {now - job.sample_since:.0f} s, in worker process {process.pid}. "
+            "Nothing ends it, as no timeout= is set; with timeout=seconds the worker would be replaced, and the batch "
+            "run again. " + (f"It stands here:\n{_of_the_users(where)}" if where else "")
+        )
+
+
+def _of_the_users(traceback: str) -> str:
+    """A traceback, innermost call first, without what is ours and below."""
+    lines = traceback.splitlines()
+    ours = next((number for number, line in enumerate(lines) if _OUR_CODE in line), len(lines))
+    return "\n".join(lines[:ours] if ours > 1 else lines)
+
+
+class Patience:
+    """Goes with one wait for a batch; used as a context, as there may be a line on the terminal to clear."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._began = time.monotonic()
+        self._line = contextlib.ExitStack()
+        self._status: Any = None
+
+    def __enter__(self) -> Patience:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._line.close()
+
+    def look(self, ready: int, count: int) -> None:
+        """Called now and then during the wait.
+
+        Args:
+            ready: how many workers have started.
+            count: how many there are to be.
+        """
+        stall, self._job.loader.stall = self._job.loader.stall, None
+        if stall is not None:
+            warn_user(stall)
+        is_first = not self._job.loader.totals.batches
+        if not is_first or time.monotonic() - self._began < _START_IS_LONG_S or not sys.stderr.isatty():
+            return
+        text = f"keras_mp: {ready} of {count} workers have started; waiting for the first batch"
+        if self._status is None:
+            from rich.console import Console
+
+            self._status = self._line.enter_context(Console(stderr=True).status(text))
+        self._status.update(text)
