@@ -25,6 +25,7 @@ from keras_mp import auto_shard, exits
 from keras_mp.callers import current_call, is_keras, warn_of_keras_pool
 from keras_mp.engines.choice import EngineChoice, Running
 from keras_mp.engines.prefetch import Prefetch
+from keras_mp.engines.readahead import NONE_AHEAD
 from keras_mp.errors import PoolClosed, SampleError, warn_user
 from keras_mp.loading.base import Loaded, Loader
 from keras_mp.loading.collate import with_tuples
@@ -46,7 +47,6 @@ class Bridge(keras.utils.PyDataset):
         plan: which samples make it.
         choice: where it is made.
         seed_is_drawn: whether the plan's seed is none of the user's.
-        max_queue_size: batches in flight at most, those ready but not yet taken included.
         max_failures: how many samples of an epoch may fail: a count (int), a share (float), or None for no limit.
     """
 
@@ -57,13 +57,12 @@ class Bridge(keras.utils.PyDataset):
         choice: EngineChoice,
         *,
         seed_is_drawn: bool,
-        max_queue_size: int,
         max_failures: float | None,
     ) -> None:
         super().__init__(
             workers=choice.workers if choice.by_keras else 1,
             use_multiprocessing=choice.by_keras,
-            max_queue_size=max_queue_size,
+            max_queue_size=choice.limit.batches,
         )
         self._loader = loader
         self._choice = choice
@@ -85,7 +84,7 @@ class Bridge(keras.utils.PyDataset):
         self._lock = threading.RLock()
         self._served_so_far = ServedSoFar()
         self._runtime: Running | None = None
-        self._prefetch = Prefetch(0 if self._choice.is_inline else self.max_queue_size)
+        self._prefetch = Prefetch(NONE_AHEAD if self._choice.is_inline else self._choice.limit)
         self._hook_is_due = False
 
     # -- batches -------------------------------------------------------------------------------------------------

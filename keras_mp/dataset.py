@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from typing import Any
+from typing import Any, Literal
 
 import keras
 
@@ -33,10 +33,14 @@ class PoolDataset(LoadedDataset):
         shuffle: a new permutation of the samples in every epoch.
         seed: root of all randomness. None: drawn once, shown in `repr`.
         drop_remainder: leave out the last batch if it is not full.
-        workers: worker processes. None: the usable cores. 0: load in-process.
+        workers: worker processes. None: the usable cores. 0: load in-process. "auto": begins with the usable cores and
+            finds, while the first epoch runs, how many are enough; the data stays the same.
         use_multiprocessing: False: threads instead of processes. They share the source and the functions, and one that
             hangs cannot be ended: `close()` leaves it behind.
-        max_queue_size: batches in flight, those ready but not yet taken included.
+        max_queue_size: batches in flight, those ready but not yet taken included. None: two for each worker, but at
+            least ten.
+        max_queue_bytes: bytes of the arrays in these batches, which may lower their number, but not below one. None: a
+            quarter of the memory that is available when the dataset is made.
         on_error: what a failing sample does: "raise"; "skip", leave it out, which makes the batch smaller; "replace",
             by the nearest good sample before it in the batch (or the first good one), which keeps the batch's shape.
             A batch without a good sample is made of samples from elsewhere in the epoch. Where shapes differ in a
@@ -70,9 +74,10 @@ class PoolDataset(LoadedDataset):
         shuffle: bool = False,
         seed: int | None = None,
         drop_remainder: bool = False,
-        workers: int | None = None,
+        workers: int | Literal["auto"] | None = None,
         use_multiprocessing: bool = True,
-        max_queue_size: int = 10,
+        max_queue_size: int | None = None,
+        max_queue_bytes: int | None = None,
         on_error: OnError = "raise",
         max_failures: float | None = None,
         retries: int = 0,
@@ -111,9 +116,8 @@ class PoolDataset(LoadedDataset):
         super().__init__(
             loader,
             plan,
-            EngineChoice.of(workers, use_multiprocessing, pool, timeout),
+            EngineChoice.of(workers, use_multiprocessing, pool, timeout, max_queue_size, max_queue_bytes),
             seed_is_drawn=seed is None,
-            max_queue_size=checks.check_count(max_queue_size, "max_queue_size"),
             max_failures=checks.check_max_failures(max_failures),
         )
         if self._choice.shares_pool:
@@ -133,7 +137,7 @@ class PoolDataset(LoadedDataset):
         shard = f", shard={plan.shard} of {plan.num_shards}" if plan.num_shards > 1 else ""
         return (
             f"PoolDataset({plan.length} samples, {plan.num_batches} batches of {plan.batch_size}, "
-            f"shuffle={plan.shuffle}, seed={plan.seed}, epoch={self.epoch}, {self._choice}{shard})"
+            f"shuffle={plan.shuffle}, seed={plan.seed}, epoch={self.epoch}, {self._where}{shard})"
         )
 
 
@@ -194,16 +198,17 @@ class _ParallelDataset(LoadedDataset):
         count = "endless" if self._plan.is_endless else len(self)
         return (
             f"parallelize({type(self._batches).__name__}, {count} batches, seed={self._plan.seed}, "
-            f"epoch={self.epoch}, {self._choice})"
+            f"epoch={self.epoch}, {self._where})"
         )
 
 
 def parallelize(
     py_dataset: Any,
-    workers: int | None = None,
+    workers: int | Literal["auto"] | None = None,
     *,
     use_multiprocessing: bool = True,
-    max_queue_size: int = 10,
+    max_queue_size: int | None = None,
+    max_queue_bytes: int | None = None,
     seed: int | None = None,
     retries: int = 0,
     timeout: float | None = None,
@@ -215,10 +220,12 @@ def parallelize(
         py_dataset: a `keras.utils.PyDataset`, or any object with `len()` whose `[i]` is a whole batch. Its
             `on_epoch_begin` and `on_epoch_end` are called in this process, when Keras would call them, and what they
             change reaches the workers.
-        workers: worker processes. None: the usable cores. 0: load in-process.
+        workers: worker processes. None: the usable cores. 0: load in-process. "auto": as for `PoolDataset`.
         use_multiprocessing: False: threads instead of processes. They share the source and the functions, and one that
             hangs cannot be ended: `close()` leaves it behind.
-        max_queue_size: batches in flight, those ready but not yet taken included.
+        max_queue_size: batches in flight, those ready but not yet taken included. None: two for each worker, but at
+            least ten.
+        max_queue_bytes: bytes of the arrays in these batches; as for `PoolDataset`.
         seed: seeds `random`, `numpy.random` and the generators that `py_dataset` holds before each batch, with its
             epoch and number. None: drawn once.
         retries: how often a failing batch is tried again first.
@@ -237,9 +244,8 @@ def parallelize(
         py_dataset,
         loader,
         Batching(length, 1, seed=loader.seed),
-        EngineChoice.of(workers, use_multiprocessing, pool, timeout),
+        EngineChoice.of(workers, use_multiprocessing, pool, timeout, max_queue_size, max_queue_bytes),
         seed_is_drawn=seed is None,
-        max_queue_size=checks.check_count(max_queue_size, "max_queue_size"),
     )
 
 

@@ -176,6 +176,12 @@ class LoadedDataset(Bridge):
         return self._failures.kept
 
     @property
+    def _where(self) -> str:
+        """Where batches are loaded, in words."""
+        pool = None if self._runtime is None else self._runtime.pool
+        return str(self._choice if pool is None else dataclasses.replace(self._choice, workers=pool.workers))
+
+    @property
     def handed_out(self) -> HandedOut:
         """When batches were handed out, for `PipelineMonitor`."""
         return self._served_so_far.handed_out

@@ -60,6 +60,11 @@ class PoolClient:
         """How many requests had better travel together."""
         return self._shared.bundle_size
 
+    @property
+    def batch_bytes(self) -> int | None:
+        """Bytes of the arrays in the batch that came last; None as long as none has come."""
+        return self._shared.batch_bytes
+
     def submit(self, requests: Sequence[Request]) -> list[Job]:
         """Queues requests.
 
