@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from keras_mp.engines.processes import WorkerPool as WorkerPool
     from keras_mp.errors import *  # noqa: F403  # it says itself what is public
     from keras_mp.loading.collate import empty as empty
+    from keras_mp.plan.buckets import Buckets as Buckets
+    from keras_mp.plan.orders import balanced as balanced
+    from keras_mp.plan.orders import weighted as weighted
+    from keras_mp.plan.views import concat as concat
+    from keras_mp.plan.views import split as split
+    from keras_mp.plan.views import windows as windows
+    from keras_mp.plan.views import zip as zip
 
 __version__ = "0.1.0"
 
@@ -23,6 +30,9 @@ _MODULES = {
     "dataset": ["PoolDataset", "parallelize"],
     "engines.processes": ["WorkerPool"],
     "loading.collate": ["empty"],
+    "plan.buckets": ["Buckets"],
+    "plan.orders": ["balanced", "weighted"],
+    "plan.views": ["concat", "split", "windows", "zip"],
     "errors": [
         "BatchTimeout",
         "KerasMPError",
@@ -35,7 +45,7 @@ _MODULES = {
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
-__all__ = [*_MODULE_OF]
+__all__ = sorted(_MODULE_OF.keys() - {"zip"})  # `from keras_mp import *` leaves Python's own `zip` alone
 
 
 def __getattr__(name: str) -> Any:

@@ -8,8 +8,6 @@ import dataclasses
 import weakref
 from typing import Any, Literal
 
-import numpy as np
-
 from keras_mp.checks import check_timeout, check_workers
 from keras_mp.engines.base import Engine
 from keras_mp.engines.executor import ExecutorEngine
@@ -18,6 +16,7 @@ from keras_mp.engines.processes import WorkerPool, shared_pool
 from keras_mp.engines.threads import ThreadsEngine
 from keras_mp.errors import short_repr
 from keras_mp.loading.loader import Loader
+from keras_mp.plan.views import replace_arrays
 
 Pool = WorkerPool | concurrent.futures.Executor | Literal["keras"] | None
 
@@ -115,8 +114,8 @@ class EngineChoice:
             return Running(ThreadsEngine(self.workers, loader), loader)
         pool = self.pool if isinstance(self.pool, WorkerPool) else shared_pool(self.workers)
         engine = pool.client(loader, self.timeout_s)
-        source = getattr(loader, "source", None)
-        if type(source) is np.ndarray and (shared := engine.shared_view(source)) is not None:
+        shared = replace_arrays(loader.source, engine.shared_view)
+        if shared is not loader.source:
             loader = copy.copy(loader)
             loader.source = shared  # the original may go, if the user does not keep it
             engine.update(loader)

@@ -1,0 +1,54 @@
+"""Lengths of all samples, evaluated by the workers of the dataset that they are for, before it can have a plan."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from keras_mp.engines.choice import EngineChoice
+from keras_mp.engines.readahead import ReadAhead
+from keras_mp.loading.lengths import LengthBatches
+from keras_mp.loading.loader import BatchLoader
+from keras_mp.plan.batching import Batching
+from keras_mp.plan.shuffle import Indices
+
+# A length is quickly told or takes a file's opening: of some hundred a batch, neither asking nor waiting costs much.
+_BATCH = 256
+_DEPTH_PER_WORKER = 4
+
+
+def measure_lengths(
+    function: Callable[[int], int], count: int, choice: EngineChoice, seed: int, retries: int
+) -> Indices:
+    """Evaluates `function(index)` once for each sample.
+
+    Args:
+        function: the user's, from a sample's index to its length.
+        count: samples in the source.
+        choice: where it is evaluated.
+        seed: for a function that draws random numbers.
+        retries: how often a batch that fails is tried again.
+
+    Returns:
+        The lengths: int64, shape (count,).
+
+    Raises:
+        SampleError: the function failed, or returned something else than a whole number from 0.
+        KerasMPError: it cannot be sent to the workers, or ended them.
+    """
+    batches = LengthBatches(function, count, _BATCH)
+    plan = Batching(len(batches), 1)
+    running = dataclasses.replace(choice, timeout_s=None).start(BatchLoader(batches, seed, retries))
+    ahead = ReadAhead(
+        running.engine,
+        (plan.request(0, batch) for batch in range(len(batches))),
+        0 if choice.is_inline else _DEPTH_PER_WORKER * max(1, choice.workers),
+    )
+    try:
+        ahead.start()
+        return np.concatenate([ahead.next().batch for _ in range(len(batches))])
+    finally:
+        ahead.close()
+        running.close()
