@@ -96,6 +96,8 @@ class PoolDataset(LoadedDataset):
             raise ValueError(
                 "order= decides the order of samples, so shuffle=True has no meaning; leave one of them out"
             )
+        if not isinstance(buckets, Buckets | None):
+            raise TypeError(f"buckets must be a keras_mp.Buckets or None, got {short_repr(buckets, 80)}")
         if order is not None and buckets is not None:
             raise ValueError(
                 "order= may draw any number of samples from a bucket, so buckets= could not give every epoch the same "
@@ -154,8 +156,6 @@ def _lengths_of(buckets: Buckets, count: int, choice: EngineChoice, loader: Samp
         TypeError, ValueError: there are none, or not as many as samples.
         KerasMPError: a function that tells them failed.
     """
-    if not isinstance(buckets, Buckets):
-        raise TypeError(f"buckets must be a keras_mp.Buckets or None, got {short_repr(buckets, 80)}")
     lengths = buckets.lengths
     if not isinstance(lengths, np.ndarray):
         return measure_lengths(lengths, count, choice, loader.seed, loader.retries)

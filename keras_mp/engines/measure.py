@@ -9,8 +9,7 @@ import numpy as np
 
 from keras_mp.engines.choice import EngineChoice
 from keras_mp.engines.readahead import ReadAhead
-from keras_mp.loading.lengths import LengthBatches
-from keras_mp.loading.loader import BatchLoader
+from keras_mp.loading.lengths import LengthLoader
 from keras_mp.plan.batching import Batching
 from keras_mp.plan.shuffle import Indices
 
@@ -29,7 +28,7 @@ def measure_lengths(
         count: samples in the source.
         choice: where it is evaluated.
         seed: for a function that draws random numbers.
-        retries: how often a batch that fails is tried again.
+        retries: how often a sample that fails is tried again.
 
     Returns:
         The lengths: int64, shape (count,).
@@ -38,17 +37,14 @@ def measure_lengths(
         SampleError: the function failed, or returned something else than a whole number from 0.
         KerasMPError: it cannot be sent to the workers, or ended them.
     """
-    batches = LengthBatches(function, count, _BATCH)
-    plan = Batching(len(batches), 1)
-    running = dataclasses.replace(choice, timeout_s=None).start(BatchLoader(batches, seed, retries))
-    ahead = ReadAhead(
-        running.engine,
-        (plan.request(0, batch) for batch in range(len(batches))),
-        0 if choice.is_inline else _DEPTH_PER_WORKER * max(1, choice.workers),
-    )
+    plan = Batching(count, _BATCH)
+    running = dataclasses.replace(choice, timeout_s=None).start(LengthLoader(function, seed, retries))
+    requests = (plan.request(0, batch) for batch in range(plan.num_batches))
+    depth = 0 if choice.is_inline else _DEPTH_PER_WORKER * max(1, choice.workers)
+    ahead = ReadAhead(running.engine, requests, depth)
     try:
         ahead.start()
-        return np.concatenate([ahead.next().batch for _ in range(len(batches))])
+        return np.concatenate([ahead.next().batch for _ in range(plan.num_batches)])
     finally:
         ahead.close()
         running.close()

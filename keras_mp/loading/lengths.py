@@ -1,53 +1,71 @@
-"""Lengths of samples by a function of the user's: a source whose `[i]` is a batch of lengths, for a `BatchLoader`."""
+"""Lengths of samples, told by a function of the user's: a loader whose batches are lengths."""
 
 from __future__ import annotations
 
+import dataclasses
 import operator
+import os
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 
-from keras_mp.errors import short_repr
+from keras_mp.errors import SampleFailure, sample_error, short_repr
+from keras_mp.loading.loader import Loaded, Loader
+from keras_mp.loading.randomness import Key, Seeder
+from keras_mp.plan.request import Request
+from keras_mp.plan.seeds import Stream
 
 
-class LengthBatches:
-    """What a function says of sample after sample, in batches.
+@dataclasses.dataclass
+class LengthLoader(Loader):
+    """Loads the lengths of a batch's samples: int64, shape (samples,).
 
-    Args:
-        function: callable from a sample's index to its length.
-        count: samples in all.
-        batch_size: of them in a batch.
+    Attributes:
+        source: callable from a sample's index to its length.
+        seed: for a function that draws random numbers.
+        retries: how often a sample that fails is tried again.
     """
 
-    def __init__(self, function: Callable[[int], int], count: int, batch_size: int) -> None:
-        self._function = function
-        self._count = count
-        self._batch_size = batch_size
+    source: Callable[[int], int]
+    seed: int = 0
+    retries: int = 0
+    runs_user_code = True
 
-    def __len__(self) -> int:
-        return -(-self._count // self._batch_size)
+    def load(self, request: Request, report_position: Callable[[int], None], seed: Seeder | None) -> Loaded:
+        """Loads one batch of lengths; every sample must have one."""
+        if seed is not None:
+            seed(Key(Stream.BATCH, self.seed, request.epoch, request.batch))
+        lengths = np.empty(len(request.samples), np.int64)
+        for position, index in enumerate(request.samples):
+            report_position(position)
+            lengths[position] = self._length_of(int(index), request)
+        return Loaded(lengths, ())
 
-    def __getitem__(self, batch: int) -> npt.NDArray[np.int64]:
-        """Lengths of the samples of `batch`: int64, shape (samples in it,).
+    def _length_of(self, index: int, request: Request) -> int:
+        attempts = self.retries
+        while True:
+            try:
+                return _check_length(self.source(index))
+            except (Exception, SystemExit) as error:
+                if attempts == 0:
+                    failure = SampleFailure.of(
+                        error,
+                        stage="lengths",
+                        index=index,
+                        item=f"lengths({index})",
+                        epoch=request.epoch,
+                        batch=request.batch,
+                        where=f"process {os.getpid()}",
+                    )
+                    raise sample_error(failure, error) from error
+                attempts -= 1
 
-        Raises:
-            TypeError, ValueError: the function returned something else than a whole number from 0.
-        """
-        start = batch * self._batch_size
-        samples = range(start, min(start + self._batch_size, self._count))
-        return np.fromiter(map(self._measure, samples), np.int64, len(samples))
 
-    def _measure(self, index: int) -> int:
-        try:
-            length = self._function(index)
-        except Exception as error:
-            error.add_note(f"keras_mp: this was lengths({index})")
-            raise
-        try:
-            whole = operator.index(length)
-        except TypeError:
-            raise TypeError(f"lengths({index}) must be a whole number, got {short_repr(length, 80)}") from None
-        if whole < 0:
-            raise ValueError(f"lengths({index}) must be at least 0, got {whole}")
-        return whole
+def _check_length(length: object) -> int:
+    try:
+        whole = operator.index(length)  # type: ignore[arg-type]  # that is what is found out
+    except TypeError:
+        raise TypeError(f"a length must be a whole number, got {short_repr(length, 80)}") from None
+    if whole < 0:
+        raise ValueError(f"a length must be at least 0, got {whole}")
+    return whole

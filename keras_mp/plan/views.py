@@ -8,7 +8,7 @@ of their arrays that are large lie in shared memory once, however many views loo
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import numpy as np
@@ -46,6 +46,9 @@ class View:
         if not -self.count <= number < self.count:
             raise IndexError(f"sample {number} is out of range: {self!r} has {self.count}")
         return self.read(number % self.count)
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.read, range(self.count))
 
     def read(self, index: int) -> Any:
         """Sample `index`, from 0 to the last."""
