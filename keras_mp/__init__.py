@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from keras_mp.engines.processes import WorkerPool as WorkerPool
     from keras_mp.errors import *  # noqa: F403  # it says itself what is public
     from keras_mp.loading.collate import empty as empty
+    from keras_mp.monitor import PipelineMonitor as PipelineMonitor
     from keras_mp.plan.buckets import Buckets as Buckets
     from keras_mp.plan.orders import balanced as balanced
     from keras_mp.plan.orders import weighted as weighted
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from keras_mp.plan.views import split as split
     from keras_mp.plan.views import windows as windows
     from keras_mp.plan.views import zip as zip
+    from keras_mp.stats import Stats as Stats
 
 __version__ = "0.1.0"
 
@@ -30,6 +32,8 @@ _MODULES = {
     "dataset": ["PoolDataset", "parallelize"],
     "engines.processes": ["WorkerPool"],
     "loading.collate": ["empty"],
+    "monitor": ["PipelineMonitor"],
+    "stats": ["Stats"],
     "plan.buckets": ["Buckets"],
     "plan.orders": ["balanced", "weighted"],
     "plan.views": ["concat", "split", "windows", "zip"],

@@ -16,7 +16,6 @@ import multiprocessing
 import operator
 import sys
 import threading
-import time
 import warnings
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, Self
@@ -28,15 +27,16 @@ from keras_mp.callers import current_call, is_keras, warn_of_keras_pool
 from keras_mp.engines.choice import EngineChoice, Running
 from keras_mp.engines.prefetch import Prefetch
 from keras_mp.errors import PoolClosed, SampleError
+from keras_mp.loading.base import Loaded, Loader
 from keras_mp.loading.collate import with_tuples
 from keras_mp.loading.failures import FailureLog
-from keras_mp.loading.loader import Loaded, Loader
 from keras_mp.plan.batching import Batching
 from keras_mp.plan.iteration import Iteration
 from keras_mp.plan.passes import Asked
 from keras_mp.plan.position import Position
 from keras_mp.plan.progress import BatchKey
 from keras_mp.plan.request import Request
+from keras_mp.stats import ServedSoFar
 
 
 class Bridge(keras.utils.PyDataset):
@@ -79,13 +79,12 @@ class Bridge(keras.utils.PyDataset):
     def _set_plan(self, plan: Batching) -> None:
         """Starts afresh: at the first epoch of `plan`, nothing counted yet."""
         self._plan = plan
-        self._batches_served = 0
-        self._wait_s = 0.0
         self._position = Position(plan, None if self._seed_is_drawn else plan.seed, not self._choice.by_keras)
         self._failures = FailureLog(self._max_failures, plan.epoch_length // plan.num_shards)
 
     def _make_runtime_state(self) -> None:
         self._lock = threading.RLock()
+        self._served_so_far = ServedSoFar()
         self._runtime: Running | None = None
         self._prefetch = Prefetch(0 if self._choice.is_inline else self.max_queue_size)
         self._hook_is_due = False
@@ -134,11 +133,14 @@ class Bridge(keras.utils.PyDataset):
         with self._lock:
             engine = self._running().engine
             asked, handle = self._ask(index, by_keras)
+        on_tensorflow = by_keras and keras.backend.backend() == "tensorflow"
+        self._served_so_far.wait_is_of_training = not on_tensorflow
         batch = self._served(engine.result, handle)
         if asked is not None:
             with self._lock:
                 self._position.hand_out(asked)
-        return with_tuples(batch) if by_keras and keras.backend.backend() == "tensorflow" else batch
+                self._served_so_far.handed_out.add(asked.run is not None)
+        return with_tuples(batch) if on_tensorflow else batch
 
     def _ask(self, index: int, by_keras: bool) -> tuple[Asked | None, Any]:
         """What `dataset[index]` is, and the engine's handle of it."""
@@ -193,9 +195,9 @@ class Bridge(keras.utils.PyDataset):
             requests = self._requests(key for *_, key in iteration.places())
             ahead = self._prefetch.open(self._running().engine, requests)
             moves = self._position.moves
+        self._served_so_far.wait_is_of_training = not claim
         batches: list[Any] = []
-        told = iteration.first_epoch
-        ended = False
+        told, ended = iteration.first_epoch, False
         try:
             for epoch, place, _ in iteration.places():
                 if batches and (len(batches) == together or not ahead.is_ready()):
@@ -211,6 +213,7 @@ class Bridge(keras.utils.PyDataset):
                 try:
                     batch = self._served(ahead.next)
                     batches.append(batch if convert is None else convert(batch))
+                    self._served_so_far.handed_out.add()
                     del batch
                 except Exception:
                     if batches:
@@ -221,7 +224,7 @@ class Bridge(keras.utils.PyDataset):
                     self._hook_is_due |= ended and iteration.moves_the_dataset
             if batches:
                 yield batches
-            batches = []
+                batches = []
             self._run_due_hook()
         finally:
             ahead.close()
@@ -230,14 +233,11 @@ class Bridge(keras.utils.PyDataset):
 
     def _served(self, load: Callable[..., Loaded], *arguments: Any) -> Any:
         self._check_open()
-        started = time.perf_counter()
         try:
-            loaded = load(*arguments)
+            loaded = self._served_so_far.serve(load, *arguments)
         except SampleError as error:
             self._failures.record(error.failure)
             raise
-        self._wait_s += time.perf_counter() - started
-        self._batches_served += 1
         self._failures.add(loaded.failures)
         if loaded.failures and self._choice.by_keras and multiprocessing.parent_process() is not None:
             for failure in loaded.failures:  # in a process of Keras's, from which `failures` reaches nobody
@@ -299,6 +299,7 @@ class Bridge(keras.utils.PyDataset):
         with self._lock:
             if self._runtime is None:
                 self._check_open()
+                self._served_so_far.start()
                 self._runtime = self._choice.start(self._loader)
                 self._loader = self._runtime.loader
                 exits.close_at_exit(self)
@@ -340,7 +341,7 @@ class Bridge(keras.utils.PyDataset):
 
     def __getstate__(self) -> dict[str, Any]:
         state = {**self.__dict__, "_choice": self._choice.without_pool()}
-        for name in ("_lock", "_runtime", "_prefetch"):
+        for name in ("_lock", "_runtime", "_prefetch", "_served_so_far"):
             del state[name]
         return state
 

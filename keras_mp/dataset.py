@@ -13,7 +13,8 @@ from keras_mp.engines.choice import EngineChoice, Pool
 from keras_mp.engines.measure import measure_lengths
 from keras_mp.errors import short_repr
 from keras_mp.loaded import LoadedDataset
-from keras_mp.loading.loader import BatchLoader, OnError, SampleLoader
+from keras_mp.loading.batch_loader import BatchLoader
+from keras_mp.loading.loader import OnError, SampleLoader
 from keras_mp.memory.pickling import dump_user_object
 from keras_mp.plan.batching import ENDLESS, Batching
 from keras_mp.plan.buckets import Buckets

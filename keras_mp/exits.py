@@ -41,9 +41,14 @@ def close_at_exit(dataset: Closable) -> None:
         _datasets.add(dataset)
 
 
-def _end() -> None:
+def open_datasets() -> list[Closable]:
+    """Those that load, or have loaded, and are still there."""
     with _lock:
-        datasets = list(_datasets)
+        return list(_datasets)
+
+
+def _end() -> None:
+    datasets = open_datasets()
     with contextlib.ExitStack() as ends:  # the last first, and each of them, whatever the others raise
         if datasets and "tensorflow" in sys.modules:
             ends.callback(_wait_until_left)

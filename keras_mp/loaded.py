@@ -12,6 +12,7 @@ from keras_mp.errors import SampleFailure
 from keras_mp.plan.position import Position
 from keras_mp.plan.progress import Progress
 from keras_mp.plan.state import check_version, dump_state, load_state
+from keras_mp.stats import HandedOut, Stats, Training
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -174,13 +175,26 @@ class LoadedDataset(Bridge):
         """The samples that failed and were left out or replaced: the last thousand, oldest first."""
         return self._failures.kept
 
-    def stats(self) -> dict[str, Any]:
-        """Numbers so far: batches served, seconds waited for them, failures, and those of the engine."""
+    @property
+    def handed_out(self) -> HandedOut:
+        """When batches were handed out, for `PipelineMonitor`."""
+        return self._served_so_far.handed_out
+
+    @property
+    def training(self) -> Training | None:
+        """What `PipelineMonitor` has measured of the last epoch of training on this dataset."""
+        return self._served_so_far.training
+
+    @training.setter
+    def training(self, training: Training) -> None:
+        self._served_so_far.training = training
+
+    def stats(self, since: Stats | None = None) -> Stats:
+        """Numbers so far: what was loaded, where the time went, who waited.
+
+        Args:
+            since: what this returned earlier: the numbers are of the time between the two.
+        """
         engine = {} if self._runtime is None else self._runtime.engine.stats()
-        return {
-            "epoch": self.epoch,
-            "batches": self._batches_served,
-            "wait_s": self._wait_s,
-            "failures": self._failures.total,
-            **engine,
-        }
+        now = self._served_so_far.stats(engine, epoch=self.epoch, failures=self._failures.total)
+        return now if since is None else now.since(since)

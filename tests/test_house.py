@@ -11,10 +11,10 @@ import pytest
 _PACKAGE = Path(__file__).parents[1] / "keras_mp"
 # From the top down; those on one line know nothing of each other.
 _FLOORS = [
-    {"dataset", "callbacks"},
+    {"dataset", "callbacks", "monitor"},
     {"loaded"},
     {"bridge"},
-    {"tfdata", "callers", "auto_shard", "exits"},
+    {"tfdata", "callers", "auto_shard", "exits", "stats"},
     {"engines"},
     {"workers"},
     {"loading"},

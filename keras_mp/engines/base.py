@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from keras_mp.loading.loader import Loaded, Loader
+from keras_mp.loading.base import Loaded, Loader
 from keras_mp.plan.request import Request
 
 

@@ -15,7 +15,7 @@ from keras_mp.engines.inline import InlineEngine
 from keras_mp.engines.processes import WorkerPool, shared_pool
 from keras_mp.engines.threads import ThreadsEngine
 from keras_mp.errors import short_repr
-from keras_mp.loading.loader import Loader
+from keras_mp.loading.base import Loader
 from keras_mp.plan.views import replace_arrays
 
 Pool = WorkerPool | concurrent.futures.Executor | Literal["keras"] | None

@@ -17,8 +17,8 @@ from typing import Any
 from keras_mp.engines.futures import FuturesEngine, Job
 from keras_mp.engines.isolation import ThreadIsolation, ThreadLoader
 from keras_mp.errors import KerasMPError, PoolClosed
+from keras_mp.loading.base import Loaded, Loader
 from keras_mp.loading.in_process import load_in_process
-from keras_mp.loading.loader import Loaded, Loader
 from keras_mp.memory import pickling
 from keras_mp.plan.request import Request
 from keras_mp.workers.messages import Failed, error_of, failed_batch

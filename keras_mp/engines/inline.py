@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from keras_mp.loading.base import Loaded, Loader
 from keras_mp.loading.in_process import load_in_process
-from keras_mp.loading.loader import Loaded, Loader
 from keras_mp.plan.request import Request
 
 

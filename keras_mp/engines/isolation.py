@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from keras_mp.errors import PoolClosed
-from keras_mp.loading.in_process import owned
-from keras_mp.loading.loader import Loaded, Loader, ignore_position
+from keras_mp.loading.base import Loaded, Loader
+from keras_mp.loading.in_process import load_timed, owned
 from keras_mp.loading.randomness import Generators, Key, Seeder
 from keras_mp.plan.request import Request
 
@@ -172,7 +172,7 @@ class ThreadLoader:
         return loaded
 
     def _load(self, request: Request, seed: Seeder | None) -> Loaded:
-        loaded, copied = owned(self._loader.load(request, ignore_position, seed), self._loader)
+        loaded, copied = owned(load_timed(self._loader, request, seed), self._loader)
         if len(self._copied_at) > _MAX_ADDRESSES:
             self._copied_at.clear()
         for address in copied:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from keras_mp.checks import check_workers
-from keras_mp.loading.loader import Loader
+from keras_mp.loading.base import Loader
 from keras_mp.workers.client import PoolClient
 from keras_mp.workers.dispatcher import Dispatcher
 

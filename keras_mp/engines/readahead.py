@@ -13,7 +13,7 @@ from typing import Any
 
 from keras_mp.engines.base import Engine
 from keras_mp.errors import PoolClosed
-from keras_mp.loading.loader import Loaded
+from keras_mp.loading.base import Loaded
 from keras_mp.plan.request import Request
 
 Handles = dict[tuple[int, int], Any]

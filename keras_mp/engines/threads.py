@@ -17,7 +17,7 @@ from typing import Any
 from keras_mp.engines.futures import FuturesEngine, Job
 from keras_mp.engines.isolation import ThreadIsolation, ThreadLoader
 from keras_mp.errors import PoolClosed
-from keras_mp.loading.loader import Loader
+from keras_mp.loading.base import Loader
 
 _JOIN_TIMEOUT_S = 2.0  # what the threads get to finish batches that nobody wants any more
 

@@ -13,16 +13,26 @@ from typing import Any
 
 import numpy as np
 
-from keras_mp.loading.loader import Loaded, Loader, SampleLoader, ignore_position
+from keras_mp.loading.base import Loaded, Loader, ignore_position
+from keras_mp.loading.loader import SampleLoader
+from keras_mp.loading.randomness import Seeder
+from keras_mp.loading.timing import StageTimes
 from keras_mp.plan.request import Request
 
 
-def load_in_process(loader: Loader, request: Request) -> Loaded:
+def load_in_process(loader: Loader, request: Request, traced: bool = False) -> Loaded:
     """Loads a batch in this thread, while no other thread loads, and leaves the random generators as they were."""
     if not loader.runs_user_code:
-        return loader.load(request, ignore_position, None)
+        return load_timed(loader, request, None, traced)
     with loader.generators.restored():
-        return owned(loader.load(request, ignore_position, loader.generators.seed), loader)[0]
+        return owned(load_timed(loader, request, loader.generators.seed, traced), loader)[0]
+
+
+def load_timed(loader: Loader, request: Request, seed: Seeder | None, traced: bool = False) -> Loaded:
+    """Loads a batch, and says what it took."""
+    times = StageTimes(loader.slowest, traced)
+    loaded = loader.load(request, ignore_position, seed, times)
+    return loaded._replace(work=times.result(), nbytes=_nbytes(loaded.batch))
 
 
 def owned(loaded: Loaded, loader: Loader) -> tuple[Loaded, list[int]]:
@@ -31,7 +41,15 @@ def owned(loaded: Loaded, loader: Loader) -> tuple[Loaded, list[int]]:
         return loaded, []  # our own collate made it
     copied: list[int] = []
     batch = _owned([loaded.batch], 0, _ONE + 1, False, copied)  # `loaded` is one more that refers to it
-    return Loaded(batch, loaded.failures), copied
+    return loaded._replace(batch=batch), copied
+
+
+def _nbytes(nest: Any) -> int:
+    if isinstance(nest, dict):
+        return sum(map(_nbytes, nest.values()))
+    if isinstance(nest, list | tuple):
+        return sum(map(_nbytes, nest))
+    return int(getattr(nest, "nbytes", 0))
 
 
 def _owned(container: Any, key: Any, max_references: int, is_held: bool, copied: list[int]) -> Any:

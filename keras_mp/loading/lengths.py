@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-import os
 from collections.abc import Callable
 
 import numpy as np
 
-from keras_mp.errors import SampleFailure, sample_error, short_repr
-from keras_mp.loading.loader import Loaded, Loader
+from keras_mp.errors import sample_error, short_repr
+from keras_mp.loading.base import Loaded, Loader, failure_of
 from keras_mp.loading.randomness import Key, Seeder
+from keras_mp.loading.timing import SOURCE, StageTimes
 from keras_mp.plan.request import Request
 from keras_mp.plan.seeds import Stream
 
@@ -31,14 +31,18 @@ class LengthLoader(Loader):
     retries: int = 0
     runs_user_code = True
 
-    def load(self, request: Request, report_position: Callable[[int], None], seed: Seeder | None) -> Loaded:
+    def load(
+        self, request: Request, report_position: Callable[[int], None], seed: Seeder | None, times: StageTimes
+    ) -> Loaded:
         """Loads one batch of lengths; every sample must have one."""
+        times.begin_batch(request.epoch, request.batch, len(request.samples))
         if seed is not None:
             seed(Key(Stream.BATCH, self.seed, request.epoch, request.batch))
         lengths = np.empty(len(request.samples), np.int64)
         for position, index in enumerate(request.samples):
             report_position(position)
             lengths[position] = self._length_of(int(index), request)
+        times.lap(SOURCE)
         return Loaded(lengths, ())
 
     def _length_of(self, index: int, request: Request) -> int:
@@ -48,15 +52,7 @@ class LengthLoader(Loader):
                 return _check_length(self.source(index))
             except (Exception, SystemExit) as error:
                 if attempts == 0:
-                    failure = SampleFailure.of(
-                        error,
-                        stage="lengths",
-                        index=index,
-                        item=f"lengths({index})",
-                        epoch=request.epoch,
-                        batch=request.batch,
-                        where=f"process {os.getpid()}",
-                    )
+                    failure = failure_of(error, "lengths", request, index, f"lengths({index})")
                     raise sample_error(failure, error) from error
                 attempts -= 1
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from keras_mp.errors import KerasMPError
-from keras_mp.loading.loader import Loaded, Loader
+from keras_mp.loading.base import Loaded, Loader
 from keras_mp.memory import files, pickling
 from keras_mp.memory.segment import Segment
 from keras_mp.plan.request import Request
@@ -170,4 +170,10 @@ class PoolClient:
         """The pool's numbers, and this dataset's slots: how many, and bytes of address space in all."""
         slots = self._shared.slots
         numbers = {} if self._pool is None else self._dispatcher.describe()
-        return {"engine": "worker pool", **numbers, "slots": len(slots.slots), "slot_bytes": slots.nbytes}
+        return {
+            "engine": "worker pool",
+            **numbers,
+            "slots": len(slots.slots),
+            "slot_bytes": slots.nbytes,
+            "work": self._shared.totals,
+        }

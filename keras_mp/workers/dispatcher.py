@@ -74,7 +74,8 @@ class Dispatcher:
         self._ticking = False  # the thread looks around by itself, and need not be woken
         self._busy_at = 0.0
         self._starts = StartRecord()
-        self._restarts = 0
+        self._restarts = self._timeouts = 0
+        self._ended_busy_s = self._ended_ready_s = 0.0
 
     # -- called by consumers -------------------------------------------------------------------------------------
 
@@ -138,12 +139,18 @@ class Dispatcher:
     def describe(self) -> dict[str, Any]:
         """Numbers for `stats()`."""
         with self.lock:
+            handles = self.workers.handles
             return {
                 "workers": self.workers.count,
-                "pids": [handle.process.pid for handle in self.workers.handles],
+                "pids": tuple(handle.process.pid for handle in handles),
+                "busy_s": tuple(handle.busy_s for handle in handles),
+                "ready_s": tuple(handle.ready_s for handle in handles),
+                "pool_busy_s": self._ended_busy_s + sum(handle.busy_s for handle in handles),
+                "pool_ready_s": self._ended_ready_s + sum(handle.ready_s for handle in handles),
                 "restarts": self._restarts,
+                "timeouts": self._timeouts,
                 "queued": len(self._queue),
-                "running": sum(len(handle.jobs) for handle in self.workers.handles),
+                "running": sum(len(handle.jobs) for handle in handles),
             }
 
     def before_fork(self) -> None:
@@ -248,13 +255,17 @@ class Dispatcher:
                     job.refuse(error, slot.size)
         if reply.slot_is_held:
             bundle.loader.slots.retire(slot)
+        nbytes = 0
         for job, batch in zip(bundle.jobs, reply.batches, strict=False):
             if isinstance(batch, Refused):
                 job.refuse(*batch)
                 continue
             if isinstance(batch, Done):
+                nbytes += batch.nbytes
                 bundle.loader.record_batch(batch.load_s, batch.nbytes)
             job.finish(batch)
+        if reply.work is not None:
+            bundle.loader.totals.add(reply.work, nbytes)
         self._queue.put_back(bundle.jobs[len(reply.batches) :])
 
     def _settle(self, handle: WorkerHandle) -> None:
@@ -269,6 +280,9 @@ class Dispatcher:
                 )
             return
         self._restarts += 1
+        self._timeouts += end.cause == "late"
+        self._ended_busy_s += handle.busy_s
+        self._ended_ready_s += handle.ready_s
         job = handle.blamable
         if job is not None:
             record_end(job, end, handle.process.pid, handle.process.killed_at or 0.0)

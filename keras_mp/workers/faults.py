@@ -8,7 +8,8 @@ import signal
 from typing import Any, Literal, NamedTuple
 
 from keras_mp.errors import SampleFailure, short_repr
-from keras_mp.loading.loader import Loader, SampleLoader
+from keras_mp.loading.base import Loader
+from keras_mp.loading.loader import SampleLoader
 from keras_mp.plan.request import Request
 from keras_mp.workers.messages import EXIT_NO_DESCRIPTOR
 

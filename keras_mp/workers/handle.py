@@ -46,6 +46,7 @@ class WorkerHandle:
         self._versions: dict[int, int] = {}  # of the loaders that it has, by their numbers
         self._slots: set[tuple[int, int]] = set()  # that it has, by the numbers of loader and slot
         self._head_since = 0.0  # when it came to its first bundle
+        self._busy_s = 0.0  # at bundles that it has answered
         self._stopped_since: float | None = None
         self._late_at: Job | None = None  # the batch that it was at when it was found late
         self._removed_at = 0.0
@@ -60,6 +61,16 @@ class WorkerHandle:
     def has_room(self, depth: int) -> bool:
         """Whether it may be given a bundle, where it may hold `depth` of them."""
         return len(self.bundles) < depth and self.process.ready and self.process.killed_at is None
+
+    @property
+    def busy_s(self) -> float:
+        """How long it has been at batches, in seconds."""
+        return self._busy_s + (time.monotonic() - self._head_since if self.bundles and self.process.ready else 0.0)
+
+    @property
+    def ready_s(self) -> float:
+        """How long it has been ready for work, in seconds."""
+        return time.monotonic() - self.process.ready_at if self.process.ready else 0.0
 
     @property
     def is_stopped(self) -> bool:
@@ -137,7 +148,9 @@ class WorkerHandle:
         if not self.bundles or self.bundles[0].number != number:  # user code has forked, and the fork answers too
             self.end_as("broken", "answered out of turn (does the dataset's code fork?)")
             return None
-        self._head_since = time.monotonic()
+        now = time.monotonic()
+        self._busy_s += now - self._head_since
+        self._head_since = now
         return self.bundles.popleft()
 
     def _send(self, message: Any, fds: Sequence[int] = ()) -> None:

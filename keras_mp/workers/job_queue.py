@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import mmap
+import time
 from collections.abc import Sequence
 
 from keras_mp.errors import PoolClosed, WorkerCrashed
@@ -89,6 +90,7 @@ class JobQueue:
         handle.begin_bundle(bundle)
         try:
             self._fill(bundle, most)
+            loader.totals.queued_s += len(bundle.jobs) * time.monotonic() - sum(job.queued_at for job in bundle.jobs)
             self._workers.trim(loader)
             handle.send_bundle(bundle)
             self._workers.watch_room(handle)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 import errno
 import threading
+import time
 
 from keras_mp.errors import KerasMPError, PoolClosed
-from keras_mp.loading.loader import Loaded
+from keras_mp.loading.base import Loaded
 from keras_mp.memory.control import NOT_STARTED
 from keras_mp.memory.slots import Lease
 from keras_mp.plan.request import Request
@@ -26,6 +27,7 @@ class Job:
     def __init__(self, loader: SharedLoader, request: Request) -> None:
         self.loader = loader
         self.request = request
+        self.queued_at = time.monotonic()
         self.lease: Lease | None = None
         self.index = 0  # among the batches in that slot
         self.cancelled = False

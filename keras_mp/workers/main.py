@@ -24,8 +24,9 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from keras_mp.loading.base import Loader
 from keras_mp.loading.collate import allocating
-from keras_mp.loading.loader import Loader
+from keras_mp.loading.timing import WRITE, SlowestSamples, StageTimes
 from keras_mp.memory import frames, pickling
 from keras_mp.memory.segment import map_privately
 from keras_mp.memory.slot_writer import SlotWriter
@@ -65,6 +66,7 @@ class Worker:
         # Loaders whose code has kept an array in a slot beyond its batch. Their arrays are made in ordinary memory from
         # then on: in a slot, what is kept would be overwritten, or written to while the training process has the batch.
         self._keeping: set[int] = set()
+        self._slowest: dict[int, SlowestSamples] = {}  # by the numbers of loaders
 
     def serve(self) -> None:
         """Answers requests until the parent closes the socket."""
@@ -94,6 +96,7 @@ class Worker:
         if message.slots is None:
             self._loaders.pop(message.loader, None)
             self._keeping.discard(message.loader)
+            self._slowest.pop(message.loader, None)
         gone = [k for k in self._slots if k[0] == message.loader and (message.slots is None or k[1] in message.slots)]
         for key in gone:
             self._slots.pop(key).close()
@@ -109,20 +112,23 @@ class Worker:
             return Reply(run.number, [_refused(error, run.slot_size)], run.slot_size)
         except BaseException as error:
             return Reply(run.number, [failed_batch(error)], run.slot_size)
+        times = StageTimes(self._slowest.setdefault(run.loader, SlowestSamples()), run.traced)
         for request in requests:
             begun = time.perf_counter()
             if batches and begun - started > _LONGEST_RUN_S:
                 break
-            batch = self._load(run.loader, request, slot, begun)
+            batch = self._load(run.loader, request, slot, begun, times)
             if slot.is_held:
                 self._keeping.add(run.loader)
                 slot_is_held = True
                 batch = _moved(batch, slot)
             batches.append(batch)
             slot.begin_batch(len(batches))
-        return Reply(run.number, batches, slot.size, slot_is_held)
+        return Reply(run.number, batches, slot.size, slot_is_held, times.result())
 
-    def _load(self, number: int, request: Request, slot: SlotWriter, begun: float) -> Done | Failed | Refused:
+    def _load(
+        self, number: int, request: Request, slot: SlotWriter, begun: float, times: StageTimes
+    ) -> Done | Failed | Refused:
         def allocate(shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
             if number not in self._keeping:
                 # Where memory is refused, that is no fault of the code that asks: its batch will be refused it.
@@ -137,9 +143,10 @@ class Worker:
             if isinstance(loader, BaseException):
                 raise loader
             with allocating(allocate):
-                loaded = loader.load(request, slot.begin_sample, loader.generators.seed)
+                loaded = loader.load(request, slot.begin_sample, loader.generators.seed, times)
         except BaseException as error:  # SystemExit and KeyboardInterrupt in user code are failures of user code
             return failed_batch(error, request)
+        times.end_sample()
         buffers: pickling.Buffers = []
         try:
             header = pickling.dump_result(loaded.batch, buffers)
@@ -148,6 +155,7 @@ class Worker:
         try:
             places = [slot.put(buffer) for buffer in buffers]
             where = slot.put(pickle.PickleBuffer(header)) if len(header) > _INLINE_BYTES else header
+            times.lap(WRITE)
             return Done(where, places, loaded.failures, time.perf_counter() - begun)
         except OSError as error:
             return _refused(error, slot.end + sum(buffer.raw().nbytes for buffer in buffers))

@@ -13,6 +13,7 @@ import pickle
 from typing import NamedTuple
 
 from keras_mp.errors import KerasMPError, SampleError, SampleFailure, sample_error
+from keras_mp.loading.timing import Work
 from keras_mp.memory import pickling
 from keras_mp.plan.request import Request
 
@@ -64,7 +65,7 @@ class Run(NamedTuple):
     """A request for batches, to be built in one slot.
 
     `requests` may be the length of their pickle, which is then at the start of the slot. A slot the worker has not seen
-    yet comes as a descriptor.
+    yet comes as a descriptor. `traced` asks for every span of time.
     """
 
     number: int
@@ -72,6 +73,7 @@ class Run(NamedTuple):
     slot: int
     slot_size: int
     requests: list[Request] | int
+    traced: bool = False
 
 
 class Forget(NamedTuple):
@@ -120,13 +122,15 @@ class Failed(NamedTuple):
 class Reply(NamedTuple):
     """What became of a run's batches, in order, and the slot's new size. Batches that are missing were not begun.
 
-    `slot_is_held` says that user code has kept an array in the slot, which may not be used again then.
+    `slot_is_held` says that user code has kept an array in the slot, which may not be used again then. `work` is what
+    all of them took.
     """
 
     number: int
     batches: list[Done | Failed | Refused]
     slot_size: int
     slot_is_held: bool = False
+    work: Work | None = None
 
 
 def failed_batch(error: BaseException, request: Request | None = None, stage: str = "worker") -> Failed:

@@ -62,7 +62,7 @@ class Process:
         extra_path = [] if python_path is None else python_path.split(os.pathsep)
         setup = Setup([*(p for p in extra_path if p not in sys.path), *sys.path], python_path)
         self.ready = False
-        self.started = time.monotonic()
+        self.started = self.ready_at = time.monotonic()
         self.killed_at: float | None = None
         self._stderr_file = self._lifeline = -1
         with contextlib.ExitStack() as undo, contextlib.ExitStack() as given:
@@ -93,7 +93,7 @@ class Process:
 
     def set_ready(self) -> None:
         """The worker has set itself up: from now on its stderr is ours."""
-        self.ready = True
+        self.ready, self.ready_at = True, time.monotonic()
         self._close_stderr_file()
 
     def captured_stderr(self) -> str:

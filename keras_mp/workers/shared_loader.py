@@ -11,6 +11,7 @@ import threading
 import time
 
 from keras_mp.errors import PoolClosed
+from keras_mp.loading.timing import WorkTotals
 from keras_mp.memory.segment import Segment
 from keras_mp.memory.slots import SlotPool
 from keras_mp.workers.faults import SampleNames
@@ -42,6 +43,7 @@ class SharedLoader:
         self.version = 0  # of the state that workers are to use
         self.closed = False
         self.closed_at = 0.0
+        self.totals = WorkTotals()
         self._mean_load_s = _SHORT_LOAD_S
         self._batch_bytes = _BUNDLE_BYTES
         self._lock = threading.Lock()  # of what follows, and never held for long

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from keras_mp.errors import BatchTimeout, WorkerCrashed
-from keras_mp.loading.loader import SAMPLES_DONE
+from keras_mp.loading.base import SAMPLES_DONE
 from keras_mp.memory.control import NOT_STARTED
 from keras_mp.workers.faults import Fault, WorkerEnd
 from keras_mp.workers.jobs import Job

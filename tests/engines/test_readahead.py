@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import keras_mp
 from keras_mp.engines.readahead import ReadAhead
-from keras_mp.loading.loader import Loaded, Loader
+from keras_mp.loading.base import Loaded, Loader
 from keras_mp.plan.request import Request
 
 Key = tuple[int, int]

@@ -267,7 +267,7 @@ def test_any_exception_comes_back_and_ends_no_worker(
 ) -> None:
     make, words = case
     with keras_mp.PoolDataset([_NoRepr(), 2], _raising(make), batch_size=1, pool=pool) as dataset:
-        restarts = dataset.stats().get("restarts", 0)
+        restarts = dataset.stats().restarts
         for index in range(2):
             with pytest.raises(keras_mp.KerasMPError, match=rf"batch {index} of epoch 0: (.|\n)*{words}"):
                 dataset[index]

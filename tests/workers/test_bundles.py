@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import keras_mp
-from keras_mp.loading.loader import BatchLoader
+from keras_mp.loading.batch_loader import BatchLoader
 from keras_mp.memory import files, frames, pickling
 from keras_mp.memory.segment import Segment
 from keras_mp.memory.slots import Slot

@@ -9,7 +9,9 @@ import numpy.typing as npt
 import pytest
 
 import keras_mp
-from keras_mp.loading.loader import BatchLoader, Loader, SampleLoader
+from keras_mp.loading.base import Loader
+from keras_mp.loading.batch_loader import BatchLoader
+from keras_mp.loading.loader import SampleLoader
 from keras_mp.plan.request import Request
 from keras_mp.workers.client import PoolClient
 
