@@ -8,8 +8,6 @@ import dataclasses
 import weakref
 from typing import Any, Literal
 
-import numpy as np
-
 from keras_mp.checks import available_memory, check_count_or_none, check_timeout, check_workers
 from keras_mp.engines.base import Engine
 from keras_mp.engines.executor import ExecutorEngine
@@ -19,6 +17,7 @@ from keras_mp.engines.readahead import Limit
 from keras_mp.engines.threads import ThreadsEngine
 from keras_mp.errors import short_repr
 from keras_mp.loading.base import Loader
+from keras_mp.plan.views import replace_arrays
 
 _LEAST_IN_FLIGHT = 10
 
@@ -147,8 +146,8 @@ class EngineChoice:
         else:
             pool = self.pool if isinstance(self.pool, WorkerPool) else shared_pool(self.workers)
         engine = pool.client(loader, self.timeout_s, tuned=self.is_auto)
-        source = getattr(loader, "source", None)
-        if type(source) is np.ndarray and (shared := engine.shared_view(source)) is not None:
+        shared = replace_arrays(loader.source, engine.shared_view)
+        if shared is not loader.source:
             loader = copy.copy(loader)
             loader.source = shared  # the original may go, if the user does not keep it
             engine.update(loader)

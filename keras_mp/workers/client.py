@@ -137,7 +137,7 @@ class PoolClient:
             if self._small.holds(small, small_places, small_size):
                 return False
         try:
-            large_segment = large_segment or Segment(large, large_places, large_size)
+            large_segment = large_segment or Segment.holding(large, large_places, large_size)
             small_segment = Segment(small, small_places, small_size)
         except OSError as error:
             if large_segment is not None and large_segment is not self._large:
