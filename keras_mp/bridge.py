@@ -143,16 +143,15 @@ class Bridge(keras.utils.PyDataset):
     def _ask(self, index: int, by_keras: bool) -> tuple[Asked | None, Any]:
         """What `dataset[index]` is, and the engine's handle of it."""
         if self._plan.is_endless:
-            keys = zip(itertools.repeat(self._position.epoch), itertools.count(index, self._stride))
+            keys = zip(itertools.repeat(self._position.epoch), itertools.count(index + self._stride, self._stride))
             return None, self._look(index, (self._position.epoch, index), keys)
         self._run_due_hook()
         epoch = self._position.epoch
         asked = self._position.ask(index, by_keras, self._stride)
         if self._position.epoch != epoch:
             self._failures.warn(epoch)
-        run = asked.run
-        if run is None:
-            return asked, self._look(index, asked.key, map(self._position.look, range(index, len(self))))
+        if (run := asked.run) is None:
+            return asked, self._look(index, asked.key, map(self._position.look, range(index + 1, len(self))))
         if asked.is_first:
             if self._prefetch.expected != run.base:
                 rest = itertools.chain([asked.key], self._position.rest(run))
@@ -164,7 +163,8 @@ class Bridge(keras.utils.PyDataset):
         return asked, handle
 
     def _look(self, index: int, key: BatchKey, keys: Iterator[BatchKey]) -> Any:
-        return self._prefetch.look(self._running().engine, index, self._stride, key, self._requests(keys))
+        requests = self._requests(itertools.chain([key], keys))
+        return self._prefetch.look(self._running().engine, index, self._stride, key, requests)
 
     def _requests(self, keys: Iterator[BatchKey]) -> Iterator[Request]:
         plan = self._position.plan

@@ -110,24 +110,23 @@ def test_fit_gets_the_batches_of_a_plain_loop(workers: int, exported: bool) -> N
         assert data.epoch == 3
 
 
-def test_fit_trains_on_batches_that_are_padded_to_their_boundaries() -> None:
-    """Keras takes the shapes from the first two batches: those are of two buckets in every epoch."""
-    model = keras.Sequential(
-        [keras.layers.Lambda(lambda x: keras.ops.cast(x, "float32")[..., None]), keras.layers.GlobalMaxPooling1D()]
-    )
-    model.add(keras.layers.Dense(1))
+def _padded(samples: list[Any]) -> tuple[Any, Any]:
+    return pad_to_boundary(samples).astype(np.float32)[..., None], np.zeros(len(samples), np.float32)
+
+
+@pytest.mark.parametrize(("seed", "workers"), [(0, 0), (1, 0), (2, 2)])
+@pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")  # as it should: it is resumed
+def test_fit_trains_on_padded_batches_also_in_the_middle_of_an_epoch(seed: int, workers: int) -> None:
+    """Keras takes the shapes from the first two batches that it sees, and refuses others later."""
+    model = keras.Sequential([keras.layers.GlobalMaxPooling1D(), keras.layers.Dense(1)])
     model.compile("sgd", "mse")
-    for seed in range(6):
-        with keras_mp.PoolDataset(
-            range(90),
-            rows,
-            collate=lambda samples: (pad_to_boundary(samples), np.zeros(len(samples))),
-            buckets=keras_mp.Buckets(_LENGTHS, _BOUNDARIES),
-            batch_size=6,
-            seed=seed,
-            workers=0,
-        ) as data:
+    options: dict[str, Any] = {"transform": rows, "collate": _padded, "seed": seed, "workers": workers}
+    with dataset(**options) as data:
+        count = len(data)
+        for position in (0, 1 + seed, count // 2 + seed, count - 1):
+            data.load_state_dict({**data.state_dict(), "epoch": 0, "position": position})
             assert len(model.fit(data, epochs=2, verbose=0).history["loss"]) == 2
+            assert data.epoch == 2
 
 
 _COMPILATIONS = textwrap.dedent(
