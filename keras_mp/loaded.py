@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from keras_mp import checks
 from keras_mp.bridge import Bridge
 from keras_mp.errors import SampleFailure
+from keras_mp.loading.batch_loader import BatchLoader
 from keras_mp.loading.inspection import inspecting
 from keras_mp.plan.position import Position
 from keras_mp.plan.progress import Progress
@@ -125,6 +126,20 @@ class LoadedDataset(Bridge):
     def is_endless(self) -> bool:
         """Whether it has no last batch."""
         return self._plan.is_endless
+
+    @property
+    def unit(self) -> Literal["sample", "batch"]:
+        """What its source is made of."""
+        return "batch" if isinstance(self._loader, BatchLoader) else "sample"
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """How many samples (batches, of `parallelize`) an epoch has."""
+        return self._plan.epoch_length
+
+    def samples_of(self, batch: int) -> list[int]:
+        """Source indices of the samples of `batch` of the current epoch, in order."""
+        return [int(index) for index in self._plan.samples(self.epoch, batch)]
 
     def with_workers(self, workers: int | None) -> Self:
         """A dataset like this one, on this number of workers of its own instead of its `workers` and `pool`.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -115,12 +115,17 @@ class SampleInspector(SampleLoader):
         report_position(SAMPLES_DONE)
         times.end_sample()
         if builder.row_of:
-            found.append(self._look_at_batch(builder, seed, times))
+            is_odd = any(leaf.nans or leaf.infs for each in found for leaf in each.leaves)
+            batch = self._look_at_batch(builder, seed, times)
+            if is_odd:  # what its samples have is not its own
+                leaves = tuple(dataclasses.replace(leaf, nans=0, infs=0) for leaf in batch.leaves)
+                batch = dataclasses.replace(batch, leaves=leaves)
+            found.append(batch)
         return Loaded(found, ())
 
     def _look_at_batch(self, builder: BatchBuilder, seed: Seeder | None, times: StageTimes) -> Inspected:
         request = builder.request
-        item = samples_in_words(request)
+        item = samples_in_words(request.samples)
         began = time.monotonic()
         try:
             batch = self._finish(builder, seed, times)
@@ -150,10 +155,9 @@ class BatchInspector(BatchLoader):
         return Loaded([Inspected("batch", index, f"[{index}]", "rows", seconds, tuple(_look(batch, "batch")))], ())
 
 
-def samples_in_words(request: Request) -> str:
-    """Which samples a batch is made of."""
-    first, last = int(request.samples[0]), int(request.samples[-1])
-    return f"sample {first}" if len(request.samples) == 1 else f"samples {first} to {last}"
+def samples_in_words(samples: Sequence[int]) -> str:
+    """Which samples a batch is made of, by their source indices."""
+    return f"sample {samples[0]}" if len(samples) == 1 else f"samples {samples[0]} to {samples[-1]}"
 
 
 class _InspectingBuilder(BatchBuilder):
