@@ -20,6 +20,7 @@ from rich.console import Console
 import keras_mp
 from keras_mp.checks import check_workers
 from keras_mp.commands.errors import CommandError
+from keras_mp.commands.target import import_target
 
 _PLAIN_WIDTH = 160  # of what goes to no terminal
 
@@ -39,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     errors = Console(stderr=True)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow's greetings are none of the output
     try:
-        command = importlib.import_module(f"keras_mp.commands.{options.command}")  # here, as it imports Keras
+        import_target(options.target)
+        command = importlib.import_module(f"keras_mp.commands.{options.command}")  # only now, as it imports Keras
         return int(command.run(options, _console()))
     except CommandError as error:
         if options.traceback and error.__cause__ is not None:

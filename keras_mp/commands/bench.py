@@ -10,9 +10,9 @@ from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from keras_mp.commands.datasets import load_dataset
 from keras_mp.commands.errors import CommandError
 from keras_mp.commands.output import seconds_in_words, write_json
-from keras_mp.commands.target import load_dataset
 from keras_mp.commands.throughput import Throughput, measure
 from keras_mp.errors import KerasMPError
 from keras_mp.loaded import LoadedDataset
@@ -67,7 +67,7 @@ def _measure(dataset: LoadedDataset, epochs: int | None, seconds: float | None, 
                 dataset, epochs=epochs, seconds=seconds, report=lambda taken: progress.update(task, completed=taken)
             )
         except KerasMPError as error:
-            raise CommandError(f"no batch could be made: {error}; keras-mp check names what fails") from error
+            raise CommandError(f"a batch cannot be made: {error}") from error
 
 
 def _show(dataset: LoadedDataset, measured: Throughput, console: Console) -> None:

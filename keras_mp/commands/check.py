@@ -13,10 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from keras_mp.commands.datasets import load_dataset
 from keras_mp.commands.errors import CommandError
 from keras_mp.commands.findings import Findings, in_words
 from keras_mp.commands.output import seconds_in_words, write_json
-from keras_mp.commands.target import load_dataset
 from keras_mp.errors import BatchTimeout, KerasMPError, WorkerCrashed
 from keras_mp.loaded import LoadedDataset
 from keras_mp.loading.inspection import samples_in_words
@@ -64,7 +64,7 @@ def _inspect(inspection: LoadedDataset, findings: Findings, epochs: int, console
     first = inspection.epoch
     with _progress(console) as progress:
         total = inspection.samples_per_epoch * epochs
-        task = progress.add_task("", total=total, unit=f"{findings.unit}s", speed="", problems="")
+        task = progress.add_task("", total=total, unit=_plural(findings), speed="", problems="")
         crashes = 0
         for epoch in range(first, first + epochs):
             inspection.set_epoch(epoch)
@@ -136,7 +136,7 @@ def _show(findings: Findings, elapsed_s: float, epochs: int, console: Console) -
     console.print()
     if arrays := findings.leaves():
         kinds = ", ".join(f"{a['path']} {in_words(_axes(a['shape']))} {a['dtype']}".strip() for a in arrays)
-        console.print(Text(f"most {findings.unit}s: {kinds}"))
+        console.print(Text(f"most {_plural(findings)}: {kinds}"))
     if slowest := findings.slowest():
         slow = slowest[0]
         others = ", ".join(f"{each.index} {seconds_in_words(each.seconds)}" for each in slowest[1:])
@@ -154,10 +154,14 @@ def _show(findings: Findings, elapsed_s: float, epochs: int, console: Console) -
         for kind in ("failed", "not finite", "different")
         if (count := sum(problem.kind == kind for problem in problems))
     ]
-    checked = f"{findings.checked} {findings.unit}s checked in {seconds_in_words(elapsed_s)}{speed}: "
+    checked = f"{findings.checked} {_plural(findings)} checked in {seconds_in_words(elapsed_s)}{speed}: "
     console.print(
         Text.assemble(checked, (", ".join(counts) or "nothing is wrong", "bold red" if counts else "bold green"))
     )
+
+
+def _plural(findings: Findings) -> str:
+    return {"sample": "samples", "batch": "batches"}[findings.unit]
 
 
 def _axes(shape: Any) -> tuple[int | None, ...] | None:

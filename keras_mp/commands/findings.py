@@ -162,33 +162,36 @@ class Findings:
 
     def leaves(self) -> list[dict[str, Any]]:
         """Path, dtype and shape of each array in most of what is counted; an axis is None if its length varies."""
-        groups = [group for (unit, _), group in self._groups.items() if unit == self.unit]
-        if not groups:
+        most, alike, _ = self._split(self.unit)
+        if most is None:
             return []
-        most, others = _majority(groups, lambda group: group.rank)
-        merged: dict[str, Axes | None] = dict(most.axes)
-        if most.likeness != "equal":
-            for group in groups:
-                if group not in others:
-                    merged = _merged(merged, group.axes)
+        axes: dict[str, Axes | None] = dict(most.axes)
+        for group in alike:
+            axes = _merged(axes, group.axes)
         return [
-            {"path": path, "dtype": dtype, "shape": None if merged[path] is None else list(merged[path] or ())}
+            {"path": path, "dtype": dtype, "shape": None if axes[path] is None else list(axes[path] or ())}
             for path, (dtype, _) in most.kinds.items()
         ]
 
-    def _different(self, unit: _Unit) -> Iterator[Problem]:
+    def _split(self, unit: _Unit) -> tuple[_Group | None, list[_Group], list[_Group]]:
+        """The largest group, all that are as they should be, and the others."""
         groups = [group for (of, _), group in self._groups.items() if of == unit]
-        if len(groups) < 2:
-            return
-        most, different = _majority(groups, lambda group: group.rank)
-        alike = [group for group in groups if group not in different]
-        best, others = _majority(alike, lambda group: group.key)
+        if not groups:
+            return None, [], []
+        most, alike, different = _majority(groups, lambda group: group.rank)
+        best, equal, others = _majority(alike, lambda group: group.key)
         # Batches of an object of the user's may be meant to have many lengths; a few unlike most of them are not.
-        left = sum(group.count for group in others)
-        if most.likeness == "equal" or left < sum(group.count for group in alike) / 2:
-            most, different = best, different + others
+        few = sum(group.count for group in others) < sum(group.count for group in alike) / 2
+        if most.likeness == "equal" or few:
+            return best, equal, different + others
+        return most, alike, different
+
+    def _different(self, unit: _Unit) -> Iterator[Problem]:
+        most, alike, different = self._split(unit)
+        if most is None:
+            return
         found: dict[int, Problem] = {}
-        count = sum(group.count for group in groups) - sum(group.count for group in different)
+        count = sum(group.count for group in alike)
         for group in different:
             text = _difference(group, most, count)
             for index, item, epoch in group.members:
@@ -208,14 +211,14 @@ class Findings:
             self._problems[key] = dataclasses.replace(before, epochs=(*before.epochs, epoch))
 
 
-def _majority(groups: list[_Group], rule: Callable[[_Group], Hashable]) -> tuple[_Group, list[_Group]]:
-    """The largest group of those that most are like, by `rule`; and the groups that are not like it."""
+def _majority(groups: list[_Group], rule: Callable[[_Group], Hashable]) -> tuple[_Group, list[_Group], list[_Group]]:
+    """The largest group of those that most are like, by `rule`; all of those; and the groups that are not."""
     counts: collections.Counter[Hashable] = collections.Counter()
     for group in groups:
         counts[rule(group)] += group.count
     most = counts.most_common(1)[0][0]
-    best = max((group for group in groups if rule(group) == most), key=lambda group: group.count)
-    return best, [group for group in groups if rule(group) != most]
+    alike = [group for group in groups if rule(group) == most]
+    return max(alike, key=lambda group: group.count), alike, [group for group in groups if rule(group) != most]
 
 
 def _merged(some: Mapping[str, Axes | None], others: Mapping[str, Axes | None]) -> dict[str, Axes | None]:

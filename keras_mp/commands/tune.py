@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from keras_mp.checks import usable_cores
+from keras_mp.commands.datasets import load_dataset
 from keras_mp.commands.errors import CommandError
 from keras_mp.commands.output import write_json
-from keras_mp.commands.target import load_dataset
 from keras_mp.commands.throughput import Throughput, measure
 from keras_mp.errors import KerasMPError
 from keras_mp.loaded import LoadedDataset
@@ -100,9 +100,7 @@ def _measure(
                         epochs = 1 if copied.is_endless else None
                         measured[count].append(measure(copied, epochs=epochs, seconds=seconds, warm_up=True))
                 except KerasMPError as error:
-                    raise CommandError(
-                        f"no batch could be made with workers={count}: {error}; keras-mp check names what fails"
-                    ) from error
+                    raise CommandError(f"a batch cannot be made: {error}") from error
                 progress.advance(task)
     return measured
 
