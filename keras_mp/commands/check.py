@@ -16,7 +16,7 @@ from rich.text import Text
 from keras_mp.commands.datasets import load_dataset
 from keras_mp.commands.errors import CommandError
 from keras_mp.commands.findings import Findings, in_words
-from keras_mp.commands.output import seconds_in_words, write_json
+from keras_mp.commands.output import rate_in_words, seconds_in_words, write_json
 from keras_mp.errors import BatchTimeout, KerasMPError, WorkerCrashed
 from keras_mp.loaded import LoadedDataset
 from keras_mp.loading.inspection import samples_in_words
@@ -113,7 +113,7 @@ def _advance(progress: Progress, task: TaskID, findings: Findings, count: int) -
     progress.update(
         task,
         advance=count,
-        speed="" if speed is None else f"{speed:.3g}/s",
+        speed="" if speed is None else rate_in_words(speed),
         problems=f"{wrong} failed" if wrong else "",
     )
 
@@ -148,7 +148,7 @@ def _show(findings: Findings, elapsed_s: float, epochs: int, console: Console) -
                 else f"slowest {findings.unit}: {slow.index} ({slow.item}) {seconds_in_words(slow.seconds)}"
             )
         )
-    speed = f", {findings.checked / elapsed_s:.3g}/s" if elapsed_s else ""
+    speed = f", {rate_in_words(findings.checked / elapsed_s)}" if elapsed_s else ""
     counts = [
         f"{count} {kind}"
         for kind in ("failed", "not finite", "different")

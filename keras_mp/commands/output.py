@@ -19,6 +19,11 @@ def seconds_in_words(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
 
 
+def rate_in_words(rate: float) -> str:
+    """So many a second, with about three digits."""
+    return f"{rate:,.0f}/s" if rate >= 100 else f"{rate:.3g}/s"
+
+
 def write_json(path: Path | None, result: dict[str, Any]) -> None:
     """Writes what was found to a file, if there is to be one.
 
