@@ -53,18 +53,18 @@ def _drawn(sample: Any, rng: np.random.Generator) -> Any:
 @pytest.mark.parametrize("engine", ["inline", "processes", "threads", "executor"])
 def test_every_engine_finds_the_same_as_training_meets(engine: str, pool: keras_mp.WorkerPool) -> None:
     options: dict[str, Any] = {"shuffle": True, "seed": 3, "batch_size": 4}
-    expected = {}
+    expected: dict[int, int] = {}
     with keras_mp.PoolDataset(range(10), _drawn, **options, collate=list, workers=0) as trained:
         for number in range(len(trained)):
             expected |= zip(trained.samples_of(number), map(len, trained[number]), strict=True)
     with concurrent.futures.ThreadPoolExecutor(2) as executor:
-        where: dict[str, Any] = {
+        where: dict[str, dict[str, Any]] = {
             "inline": {"workers": 0},
             "processes": {"pool": pool},
             "threads": {"workers": 2, "use_multiprocessing": False},
             "executor": {"pool": executor},
-        }[engine]
-        found = _inspect(keras_mp.PoolDataset(range(10), _drawn, **options, **where))
+        }
+        found = _inspect(keras_mp.PoolDataset(range(10), _drawn, **options, **where[engine]))
     assert {each.index: each.leaves[0].nans for each in found} == expected
 
 
@@ -126,7 +126,7 @@ def test_collate_may_take_anything() -> None:
     kinds = [tuple((leaf.dtype, leaf.shape) for leaf in each.leaves) for each in found]
     assert kinds == [
         (("type", None),),
-        (("int64", ()), ("int64", (2,))),
+        (("list", None),),
         (("NoneType", None),),
         (("bytes", ()),),
         (("float64", (4,)),),
@@ -136,7 +136,9 @@ def test_collate_may_take_anything() -> None:
 
 def test_a_batch_is_not_blamed_for_its_samples() -> None:
     data = np.array([0.0, np.nan, 2.0, 3.0])
-    found = _inspect(keras_mp.PoolDataset(data, batch_transform=lambda b: b / (b - 2), batch_size=2, workers=0))
+    found = _inspect(
+        keras_mp.PoolDataset(data, batch_transform=lambda b: np.where(b == 2, np.inf, b), batch_size=2, workers=0)
+    )
     odd = [(each.unit, each.index) for each in found if any(leaf.nans or leaf.infs for leaf in each.leaves)]
     assert odd == [("sample", 1), ("batch", 1)]
 
