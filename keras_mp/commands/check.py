@@ -148,13 +148,12 @@ def _show(findings: Findings, elapsed_s: float, epochs: int, console: Console) -
                 else f"slowest {findings.unit}: {slow.index} ({slow.item}) {seconds_in_words(slow.seconds)}"
             )
         )
-    speed = f", {rate_in_words(findings.checked / elapsed_s)}" if elapsed_s else ""
     counts = [
         f"{count} {kind}"
         for kind in ("failed", "not finite", "different")
         if (count := sum(problem.kind == kind for problem in problems))
     ]
-    checked = f"{findings.checked} {_plural(findings)} checked in {seconds_in_words(elapsed_s)}{speed}: "
+    checked = f"{findings.checked} {_plural(findings)} checked in {seconds_in_words(elapsed_s)}: "
     console.print(
         Text.assemble(checked, (", ".join(counts) or "nothing is wrong", "bold red" if counts else "bold green"))
     )

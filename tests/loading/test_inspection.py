@@ -134,6 +134,10 @@ def test_collate_may_take_anything() -> None:
     assert found[-1].unit == "batch"
 
 
+def _spoil_two(batch: Any) -> Any:
+    return np.where(batch == 2, np.inf, batch)
+
+
 def test_a_batch_is_not_blamed_for_its_samples() -> None:
     data = np.array([0.0, np.nan, 2.0, 3.0])
     found = _inspect(
