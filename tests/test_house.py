@@ -11,6 +11,9 @@ import pytest
 _PACKAGE = Path(__file__).parents[1] / "keras_mp"
 # From the top down; those on one line know nothing of each other.
 _FLOORS = [
+    {"__main__"},
+    {"cli"},
+    {"commands"},
     {"dataset", "callbacks", "monitor"},
     {"loaded"},
     {"bridge"},

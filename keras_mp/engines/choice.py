@@ -133,6 +133,14 @@ class EngineChoice:
         """The same for a copy in another process, where the pool cannot be."""
         return self if self.by_keras else dataclasses.replace(self, pool=None)
 
+    def with_workers(self, workers: int | None) -> EngineChoice:
+        """The same, with so many workers of its own: no pool of the user's or Keras's."""
+        return dataclasses.replace(self, workers=check_workers(workers), pool=None)
+
+    def with_timeout(self, timeout: float | None) -> EngineChoice:
+        """The same, with another `timeout`, if one is given."""
+        return self if timeout is None else dataclasses.replace(self, timeout_s=check_timeout(timeout))
+
     def start(self, loader: Loader) -> Running:
         """Makes the engine."""
         if isinstance(self.pool, concurrent.futures.Executor):

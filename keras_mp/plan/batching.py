@@ -127,6 +127,23 @@ class Batching:
                 f"batch_size={self.batch_size}, drop_remainder={self.drop_remainder}"
             )
 
+    def once(self, count: int | None = None) -> Batching:
+        """The plan of epochs in which each sample of the source comes once, in order, and undivided.
+
+        Args:
+            count: how many samples to draw by chance in each epoch, of an endless source the first; None: all.
+        """
+        whole = Batching(self.length, self.batch_size, seed=self.seed)
+        if count is None or count >= self.length:
+            return whole
+        if self.is_endless:
+            return dataclasses.replace(whole, length=count)
+
+        def draw(epoch: int, rng: np.random.Generator) -> Indices:
+            return np.sort(rng.choice(self.length, count, replace=False))
+
+        return dataclasses.replace(whole, order=draw)
+
     def request(self, epoch: int, batch: int) -> Request:
         """What is to be loaded for `batch` of `epoch`."""
         samples = self.samples(epoch, batch)
