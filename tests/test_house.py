@@ -13,14 +13,14 @@ _PACKAGE = Path(__file__).parents[1] / "keras_mp"
 _FLOORS = [
     {"dataset", "callbacks", "monitor"},
     {"loaded"},
-    {"bridge"},
+    {"bridge", "report"},
     {"tfdata", "callers", "auto_shard", "exits", "stats"},
     {"engines"},
     {"workers"},
     {"loading"},
     {"plan"},
     {"memory"},
-    {"checks"},
+    {"checks", "sizing"},
     {"errors"},
 ]
 _FLOOR_OF = {room: number for number, floor in enumerate(_FLOORS) for room in floor}
