@@ -13,6 +13,7 @@ from keras_mp.stats import KERAS_POOL, Stats, Training
 HARDLY_WAITS = 0.1  # share of the time
 _BUSY = 0.75  # workers that are busy for more than this share of the time are what is waited for
 _IDLE = 0.5  # below it, fewer would do
+_STARTING = 0.1  # of the workers' time
 _DOMINATES = 0.5  # of the work
 _LITTLE_CPU = 0.5  # of the work
 _FEW_BATCHES = 8
@@ -115,6 +116,11 @@ def _what_would_help(stats: Stats, load: Load) -> str:
     if not load.workers:
         return f"how many workers the {stats.engine} has is not known here; {keep_up}."
     busy = f"{_workers(load, start=False)} {load.busy:.0%} busy"
+    if load.busy < _BUSY and load.starting > _STARTING:
+        return (
+            f"{busy}, and for {load.starting:.0%} of the time still starting. What comes after the start is in "
+            "dataset.report(since=earlier), with earlier = dataset.stats() taken then."
+        )
     if load.busy < _BUSY:
         return (
             f"{busy}, so more of them would not help: handing over batches is the limit, or single slow batches. "

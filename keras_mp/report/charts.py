@@ -9,7 +9,7 @@ import html
 from collections.abc import Sequence
 
 from keras_mp import sizing
-from keras_mp.report.words import count, seconds
+from keras_mp.report.words import count, seconds, share
 
 WIDTH = 640
 _BAR, _LINE = 22, 30  # heights
@@ -27,13 +27,13 @@ def stacked(parts: Sequence[tuple[str, float]]) -> str:
     shapes, x = [], 0.0
     columns = 2
     for number, (name, value) in enumerate(parts):
-        share = value / total
-        label = html.escape(f"{name}: {seconds(value)}, {share:.0%}")
+        width = value / total * WIDTH
+        label = html.escape(f"{name}: {seconds(value)}, {share(value / total)}")
         shapes.append(
-            f'<rect class="c{number % 8}" x="{x:.1f}" y="0" width="{share * WIDTH:.1f}" height="{_BAR}">'
+            f'<rect class="c{number % 8}" x="{x:.1f}" y="0" width="{width:.1f}" height="{_BAR}">'
             f"<title>{label}</title></rect>"
         )
-        x += share * WIDTH
+        x += width
         left, top = (number % columns) * WIDTH // columns, _BAR + 12 + (number // columns) * 20
         shapes.append(f'<rect class="c{number % 8}" x="{left}" y="{top}" width="12" height="12"></rect>')
         shapes.append(f'<text x="{left + 18}" y="{top + 11}">{label}</text>')
@@ -45,13 +45,13 @@ def shares(rows: Sequence[tuple[str, float]]) -> str:
     """A bar for each name, of a share from 0 to 1."""
     left, right = 130, 50
     shapes = []
-    for number, (name, share) in enumerate(rows):
+    for number, (name, value) in enumerate(rows):
         y, full = number * _LINE, WIDTH - left - right
         shapes += [
             f'<text x="0" y="{y + 16}">{html.escape(name)}</text>',
             f'<rect class="empty" x="{left}" y="{y}" width="{full}" height="{_BAR}"></rect>',
-            f'<rect class="c0" x="{left}" y="{y}" width="{share * full:.1f}" height="{_BAR}"></rect>',
-            f'<text x="{left + full + 8}" y="{y + 16}">{share:.0%}</text>',
+            f'<rect class="c0" x="{left}" y="{y}" width="{value * full:.1f}" height="{_BAR}"></rect>',
+            f'<text x="{left + full + 8}" y="{y + 16}">{share(value)}</text>',
         ]
     return _svg(len(rows) * _LINE, shapes, "busy share of each worker")
 
@@ -84,6 +84,7 @@ def throughput(service_s: float, step_s: float, workers: int, useful: int | None
             f'<circle class="{kind}" cx="{x}" cy="{y}" r="6"><title>{name}: {number}</title></circle>',
         ]
 
+    supply = " ".join(place(number, min(rate, highest)) for number, rate in enumerate(rates))
     bottom = top + height
     every = max(1, -(-most // 12))
     shapes = [
@@ -97,7 +98,7 @@ def throughput(service_s: float, step_s: float, workers: int, useful: int | None
         f'<text x="0" y="{top - 10}">batches a second</text>',
         f'<polyline class="demand" points="{place(0, demand)} {place(most, demand)}"></polyline>',
         f'<text class="end" x="{left - 6}" y="{float(place(0, demand).split(",")[1]) + 4:.1f}">{demand:.3g}</text>',
-        f'<polyline class="supply" points="{" ".join(place(n, min(r, highest)) for n, r in enumerate(rates))}"></polyline>',
+        f'<polyline class="supply" points="{supply}"></polyline>',
     ]
     legend = [("supply", "what workers give"), ("demand", f"what the training takes ({seconds(step_s)} a step)")]
     if 0 < workers <= most:

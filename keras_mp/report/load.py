@@ -35,6 +35,7 @@ class Load:
         process_cpu_s: processor time of the process that trains, without what it spent on making batches.
         cores: that may be used.
         busy: share of their time that workers were at batches, from 0 to 1.
+        starting: share of that time for which a worker, on average, was not there yet, from 0 to 1.
         waited: share of its time that who took batches waited, from 0 to 1.
         of_fit: whether `PipelineMonitor` measured it.
     """
@@ -48,6 +49,7 @@ class Load:
     process_cpu_s: float
     cores: int
     busy: float
+    starting: float
     waited: float
     of_fit: bool
 
@@ -80,6 +82,7 @@ class Load:
             process_cpu_s=max(0.0, own_cpu_s) / max(1, taken),
             cores=cores,
             busy=busy,
+            starting=_starting(numbers),
             waited=waited,
             of_fit=measured,
         )
@@ -106,3 +109,8 @@ class Load:
     def cores_are_full(self) -> bool:
         """Whether there is no core left for another worker."""
         return self.cpu_s > 0 and self.cores_in_use >= _IN_USE * self.cores
+
+
+def _starting(stats: Stats) -> float:
+    expected_s = stats.workers * stats.elapsed_s
+    return max(0.0, 1 - stats.pool_ready_s / expected_s) if expected_s and stats.pool_ready_s else 0.0

@@ -11,14 +11,16 @@ from keras_mp.stats import Stats, Training
 
 # Names are under one class, so that a notebook's own look stays what it is.
 _STYLE = """
-.keras-mp { font: 14px/1.45 system-ui, sans-serif; max-width: 860px; color: #1d2733; background: #fff; padding: 4px 16px 16px }
+.keras-mp { font: 14px/1.45 system-ui, sans-serif; max-width: 860px; padding: 4px 16px 16px }
+.keras-mp { color: #1d2733; background: #fff }
 .keras-mp h2 { font-size: 15px; margin: 22px 0 8px }
 .keras-mp .name { font: 12px/1.5 ui-monospace, monospace; color: #5a6675; overflow-wrap: anywhere }
-.keras-mp ul.advice { margin: 10px 0; padding: 10px 14px 10px 30px; background: #fff6e0; border-left: 4px solid #e8a200 }
+.keras-mp ul.advice { margin: 10px 0; padding: 10px 14px 10px 30px }
+.keras-mp ul.advice { background: #fff6e0; border-left: 4px solid #e8a200 }
 .keras-mp ul.advice li { color: #1d2733; margin: 3px 0; overflow-wrap: anywhere }
 .keras-mp table { border-collapse: collapse; margin: 0; color: inherit; font-size: 13px }
-.keras-mp th, .keras-mp td { text-align: left; vertical-align: top; padding: 4px 14px 4px 0; border-bottom: 1px solid #e3e7ec;
-  background: none; overflow-wrap: anywhere }
+.keras-mp th, .keras-mp td { text-align: left; vertical-align: top; padding: 4px 14px 4px 0; background: none }
+.keras-mp th, .keras-mp td { border-bottom: 1px solid #e3e7ec; overflow-wrap: anywhere }
 .keras-mp th { font-weight: 600 }
 .keras-mp td.number, .keras-mp th.number { text-align: right; white-space: nowrap }
 .keras-mp svg { width: 100%; max-width: 640px; height: auto; display: block; overflow: visible }

@@ -86,12 +86,14 @@ class Report:
     def __rich__(self) -> rich.console.Group:
         """What a `rich` console prints."""
         from rich.console import Group
-        from rich.padding import Padding
+        from rich.table import Table
         from rich.text import Text
 
         parts: list[Any] = [Text(self.name, style="bold"), Text("")]
+        advice = Table.grid(padding=(0, 1))
         for sentence in self.advice:
-            parts.append(Padding(Text(f"→ {sentence}", style="yellow"), (0, 0, 0, 0)))
+            advice.add_row("→", Text(sentence))
+        parts.append(advice)
         parts += [Text(""), _table(["", ""], rows.facts(self.stats, self.training, self.cores), headed=False)]
         if stages := rows.stage_rows(self.stats):
             parts += [Text(""), _table(["stage", "total", "a batch", "share", "slowest samples"], stages)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from keras_mp.report.load import Load
-from keras_mp.report.words import count, listed, seconds, size
+from keras_mp.report.words import count, listed, seconds, share, size
 from keras_mp.stats import Stats, Training
 
 MOST_WORKERS = 16  # with a line each
@@ -26,12 +26,12 @@ def facts(stats: Stats, training: Training | None, cores: int) -> list[tuple[str
     if load.step_s is not None:
         rows += [
             ("a step, its batch being there", seconds(load.step_s)),
-            (f"{who} waited", f"{load.waited:.0%} of the time, {seconds(load.wait_s)} a batch"),
+            (f"{who} waited", f"{share(load.waited)} of the time, {seconds(load.wait_s)} a batch"),
         ]
     elif stats.batches:
         rows.append(("the training waited", "not known: see PipelineMonitor"))
     if load.workers and stats.loaded_batches:
-        rows.append(("workers were busy", f"{load.busy:.0%} of the time"))
+        rows.append(("workers were busy", f"{share(load.busy)} of the time"))
     if stats.slots:
         rows.append(("shared memory", f"{size(stats.slot_bytes)} in {count(stats.slots, 'slot')}"))
     named = (
@@ -50,7 +50,7 @@ def stage_rows(stats: Stats) -> list[tuple[str, str, str, str, str]]:
             name,
             seconds(stage.total_s),
             seconds(stage.mean_s),
-            f"{stage.total_s / stats.work_s:.0%}" if stats.work_s else "",
+            share(stage.total_s / stats.work_s) if stats.work_s else "",
             listed(stage.slowest[:_SLOWEST]),
         )
         for name, stage in stats.stages.items()
@@ -58,8 +58,8 @@ def stage_rows(stats: Stats) -> list[tuple[str, str, str, str, str]]:
     ]
     rest = other_s(stats)
     if rows and rest > 0:
-        share = f"{rest / stats.work_s:.0%}"
-        rows.append(("other", seconds(rest), seconds(rest / max(1, stats.loaded_batches)), share, ""))
+        a_batch = seconds(rest / max(1, stats.loaded_batches))
+        rows.append(("other", seconds(rest), a_batch, share(rest / stats.work_s), ""))
     return rows
 
 

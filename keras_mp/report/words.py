@@ -18,8 +18,18 @@ def capital(text: str) -> str:
 
 
 def listed(samples: Sequence[SlowSample]) -> str:
-    """Samples by index, item and time."""
-    return ", ".join(f"{sample.index} ({sample.item}: {seconds(sample.seconds)})" for sample in samples)
+    """Samples by index, item and time; where the item is an array, which has no name, by index and time."""
+    return ", ".join(
+        f"{sample.index} ({seconds(sample.seconds)})"
+        if sample.item.startswith("array of shape")
+        else f"{sample.index} ({sample.item}: {seconds(sample.seconds)})"
+        for sample in samples
+    )
+
+
+def share(value: float) -> str:
+    """A part of 1 in percent."""
+    return "<1%" if 0 < value < 0.005 else f"{value:.0%}"
 
 
 def seconds(value: float) -> str:
