@@ -100,17 +100,16 @@ def _about_tensorflow(stats: Stats, load: Load) -> list[str]:
 
 def _what_would_help(stats: Stats, load: Load) -> str:
     needed, useful = load.needed or 1, load.useful
+    most = min(useful or _SENSIBLE_PER_CORE * load.cores, _SENSIBLE_PER_CORE * load.cores)
     times = f"{seconds(load.service_s)} of work a batch, {seconds(load.step_s or 0)} a step"
     keep_up = f"{count(needed, 'worker')} would keep up ({times})"
     if stats.engine == "in-process":
         if load.cores_are_full:
             return f"batches are made by the process that trains, and no core is left for workers ({times})."
-        reach = _beyond_reach(needed, load)
-        if reach or (useful is not None and needed > useful):
-            best = min(useful or needed, load.cores * _SENSIBLE_PER_CORE)
+        if needed > most:
             return (
-                f"batches are made by the process that trains. {count(best, 'worker')} would make them beside it: as "
-                f"many as {_cores(load)} can keep at work, if too few to keep up ({times})."
+                f"batches are made by the process that trains. {count(most, 'worker')} would make them beside it: as "
+                f"many as make sense on {_cores(load)}, if too few to keep up ({times})."
             )
         return f"batches are made by the process that trains; {keep_up} beside it."
     if not load.workers:
@@ -142,22 +141,16 @@ def _what_would_help(stats: Stats, load: Load) -> str:
             f"{load.cores_in_use:.1f} of {_cores(load)} are in use, {_training_share(load)}.{threads} Less work a "
             "batch helps, or a cluster."
         )
-    if useful is not None and needed > useful:
+    if needed <= most:
+        return f"{busy}; {keep_up}."
+    if most == useful:
         return (
             f"{busy}; {useful} workers are as many as {_cores(load)} can keep at work, and more cannot help. To keep "
             f"up, {needed} would be needed ({times}): less work a batch helps, or a cluster."
         )
-    return f"{busy}; {_beyond_reach(needed, load) or keep_up}."
-
-
-def _beyond_reach(needed: int, load: Load) -> str:
-    """Said where so many workers would be needed that nobody should start them on this machine."""
-    most = _SENSIBLE_PER_CORE * load.cores
-    if needed <= most:
-        return ""
     return (
-        f"{needed} workers would be needed to hide {seconds(load.service_s)} of work a batch behind a step of "
-        f"{seconds(load.step_s or 0)}, more than make sense on {_cores(load)}"
+        f"{busy}; {needed} would be needed to keep up ({times}), more than make sense on {_cores(load)}. Less work a "
+        "batch helps, or a cluster."
     )
 
 

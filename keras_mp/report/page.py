@@ -29,7 +29,7 @@ _STYLE = """
 .keras-mp svg .axis { stroke: #9aa5b1 } .keras-mp svg .empty { fill: #e9edf1 }
 .keras-mp svg polyline { fill: none; stroke-width: 2.5 }
 .keras-mp svg .supply { stroke: #2f6fb7 } .keras-mp svg .demand { stroke: #c2410c; stroke-dasharray: 6 4 }
-.keras-mp svg .supply.key { fill: #2f6fb7 } .keras-mp svg .demand.key { fill: #c2410c; stroke: none }
+.keras-mp svg .supply.key { fill: #2f6fb7; stroke: none } .keras-mp svg .demand.key { fill: #c2410c; stroke: none }
 .keras-mp svg .now { fill: #5a6675 } .keras-mp svg .advised { fill: #15803d }
 .keras-mp svg .c0 { fill: #2f6fb7 } .keras-mp svg .c1 { fill: #e8a200 } .keras-mp svg .c2 { fill: #15803d }
 .keras-mp svg .c3 { fill: #9333a8 } .keras-mp svg .c4 { fill: #0e8a98 } .keras-mp svg .c5 { fill: #c2410c }
