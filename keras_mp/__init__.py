@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from keras_mp.plan.views import split as split
     from keras_mp.plan.views import windows as windows
     from keras_mp.plan.views import zip as zip
+    from keras_mp.report.report import Report as Report
     from keras_mp.stats import Stats as Stats
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ _MODULES = {
     "engines.processes": ["WorkerPool"],
     "loading.collate": ["empty"],
     "monitor": ["PipelineMonitor"],
+    "report.report": ["Report"],
     "stats": ["Stats"],
     "plan.buckets": ["Buckets"],
     "plan.orders": ["balanced", "weighted"],

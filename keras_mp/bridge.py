@@ -132,7 +132,7 @@ class Bridge(keras.utils.PyDataset):
             engine = self._running().engine
             asked, handle = self._ask(index, by_keras)
         on_tensorflow = by_keras and keras.backend.backend() == "tensorflow"
-        self._served_so_far.wait_is_of_training = not on_tensorflow
+        self._served_so_far.begin(not on_tensorflow, asked is not None and asked.is_first)
         batch = self._served(engine.result, handle)
         if asked is not None:
             with self._lock:
@@ -193,7 +193,7 @@ class Bridge(keras.utils.PyDataset):
             requests = self._requests(key for *_, key in iteration.places())
             ahead = self._prefetch.open(self._running().engine, requests)
             moves = self._position.moves
-        self._served_so_far.wait_is_of_training = not claim
+        self._served_so_far.begin(not claim)
         batches: list[Any] = []
         told, ended = iteration.first_epoch, False
         try:

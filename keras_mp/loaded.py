@@ -14,7 +14,8 @@ from keras_mp.loading.inspection import inspecting
 from keras_mp.plan.position import Position
 from keras_mp.plan.progress import Progress
 from keras_mp.plan.state import check_version, dump_state, load_state
-from keras_mp.stats import HandedOut, Stats, Training
+from keras_mp.report.report import Report
+from keras_mp.stats import KERAS_POOL, HandedOut, Stats, Training
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -260,6 +261,34 @@ class LoadedDataset(Bridge):
         Args:
             since: what this returned earlier: the numbers are of the time between the two.
         """
-        engine = {} if self._runtime is None else self._runtime.engine.stats()
+        runtime = self._runtime
+        engine = {} if runtime is None else runtime.engine.stats()
+        if self._choice.by_keras:
+            engine = {"engine": KERAS_POOL, "workers": self._choice.workers}
         now = self._served_so_far.stats(engine, epoch=self.epoch, failures=self._failures.total)
         return now if since is None else now.since(since)
+
+    def report(self, since: Stats | None = None) -> Report:
+        """Whether the training waits for its data, why, and how many workers would do.
+
+        Args:
+            since: what `stats()` returned earlier: the report is of the time since then, without what `PipelineMonitor`
+                measured, which is of the last epoch of `fit`.
+
+        Returns:
+            A `keras_mp.Report`: print it, show it in a notebook, `.save("report.html")`, `.advice`.
+        """
+        training = self.training if since is None else None
+        return Report(repr(self), self.stats(since), training, checks.usable_cores())
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the report so far."""
+        return self.report().html()
+
+    def close(self) -> None:
+        with self._lock:
+            if self._runtime is not None and not self._closed:
+                self._served_so_far.end(self.stats())
+        super().close()
+
+    close.__doc__ = Bridge.close.__doc__

@@ -16,14 +16,14 @@ _FLOORS = [
     {"commands"},
     {"dataset", "callbacks", "monitor"},
     {"loaded"},
-    {"bridge"},
+    {"bridge", "report"},
     {"tfdata", "callers", "auto_shard", "exits", "stats"},
     {"engines"},
     {"workers"},
     {"loading"},
     {"plan"},
     {"memory"},
-    {"checks"},
+    {"checks", "sizing"},
     {"errors"},
 ]
 _FLOOR_OF = {room: number for number, floor in enumerate(_FLOORS) for room in floor}
