@@ -1,25 +1,22 @@
 """`workers="auto"`: finds how many workers are enough, while the first epoch runs.
 
-The model: a worker needs `service_s` for a batch, so N of them make N / service_s batches a second. Whoever takes the
-batches needs `step_s` for one. They keep up from N = service_s / step_s on; a tenth more is for batches that take
-longer than others. More than the cores can run do not help: if a share c of a worker's time is processor time, that
-are cores / c. Where the consumer waits anyway, and twice as many workers made it no faster, something else is short.
+The arithmetic is that of `sizing`. Where the consumer waits though there should be enough, and more workers made it no
+faster, something else is short.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import time
 from typing import Any
 
 from keras_mp.checks import usable_cores
 from keras_mp.loading.base import Loaded
+from keras_mp.sizing import useful_workers, workers_to_keep_up
 from keras_mp.workers.client import PoolClient
 from keras_mp.workers.jobs import Job
 
-MARGIN = 1.1
 _WAITS = 0.05  # a smaller share of waiting is none
 _HELPS = 1.05  # times as fast: less is none
 _MOST_WORKERS = 128
@@ -69,10 +66,12 @@ class Search:
 
     def next_count(self, window: Window) -> int:
         """How many workers there should be after what was measured in `window`."""
-        most = max(1, min(_MOST_WORKERS, int(self._cores / max(window.cpu_share, 0.01))))
+        service_s = window.service_s
+        useful = useful_workers(service_s, window.cpu_share * service_s, self._cores) or _MOST_WORKERS
+        most = min(_MOST_WORKERS, useful)
         smaller, self._smaller = self._smaller, None
         if window.wait_s <= _WAITS * window.elapsed_s:
-            enough = max(1, math.ceil(MARGIN * window.service_s * window.rate))
+            enough = workers_to_keep_up(service_s, 1 / window.rate)
             self.is_over = self._has_shrunk or enough >= window.workers
             self._has_shrunk = True
             return min(enough, window.workers)
@@ -86,8 +85,7 @@ class Search:
         if self._has_shrunk or window.workers >= most:
             self.is_over = True
             return window.workers + self._has_shrunk if window.workers < most else most
-        step_s = (window.elapsed_s - window.wait_s) / window.batches
-        enough = math.ceil(min(MARGIN * window.service_s / step_s, _MOST_WORKERS)) if step_s else _MOST_WORKERS
+        enough = workers_to_keep_up(service_s, (window.elapsed_s - window.wait_s) / window.batches)
         self._smaller = window
         return min(most, 2 * window.workers, max(window.workers + 1, enough))
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import keras_mp
 from keras_mp.engines.readahead import Limit
-from keras_mp.workers.tuning import MARGIN, Search, Window
+from keras_mp.sizing import MARGIN, useful_workers
+from keras_mp.workers.tuning import Search, Window
 from tests.census import eventually
 
 
@@ -36,7 +37,7 @@ def test_the_search_ends_where_more_do_not_help_and_fewer_would_wait(
     start: int, service_s: float, step_s: float, cpu_share: float, cores: int
 ) -> None:
     found = _simulated(Search(cores), start, service_s, step_s, cpu_share, cores)
-    most = max(1, min(128, int(cores / cpu_share)))
+    most = min(128, useful_workers(service_s, cpu_share * service_s, cores) or 128)
     assert 1 <= found <= max(most, start)
     if found < most:
         wait = 1 - step_s / max(step_s, service_s / found)
