@@ -11,9 +11,11 @@ import pytest
 _PACKAGE = Path(__file__).parents[1] / "keras_mp"
 # From the top down; those on one line know nothing of each other.
 _FLOORS = [
+    {"directories"},
     {"dataset", "callbacks", "monitor"},
     {"loaded"},
     {"bridge"},
+    {"tensors"},
     {"tfdata", "callers", "auto_shard", "exits", "stats"},
     {"engines"},
     {"workers"},

@@ -53,7 +53,8 @@ def resize(image: Pixels, height: int, width: int, interpolation: str) -> Pixels
 def _resized(image: Pixels, axis_taps: Taps, axis: int) -> Pixels:
     indices, weights = axis_taps
     if weights is None:
-        return np.take(image, indices[0], axis)
+        chosen: Pixels = np.take(image, indices[0], axis)
+        return chosen
     shape = (-1, 1, 1) if axis == 0 else (-1, 1)
     result: Pixels = np.take(image, indices[0], axis).astype(np.float32, copy=False)
     result *= weights[0].reshape(shape)
@@ -90,16 +91,14 @@ def _bicubic(length: int, new_length: int) -> Taps:
     position = _centres(length, new_length) - 0.5
     below = np.floor(position)
     share = np.rint((position - below) * _BICUBIC_TABLE) / _BICUBIC_TABLE
-    indices = below + np.arange(-1, 3)[:, None]
-    return _inside(indices, _keys(np.abs(share - np.arange(-1, 3)[:, None])), length)
+    offsets = np.arange(-1.0, 3.0)[:, None]
+    return _inside(below + offsets, _keys(np.abs(share - offsets)), length)
 
 
 def _area(length: int, new_length: int) -> Taps:
     scale = length / new_length
     starts = np.arange(new_length) * scale
-    first = np.floor(starts)
-    count = int(np.ceil(scale)) + 1
-    indices = first + np.arange(count)[:, None]
+    indices = np.floor(starts) + np.arange(np.ceil(scale) + 1)[:, None]
     overlap = np.minimum(indices + 1, starts + scale) - np.maximum(indices, starts)
     return _clipped(indices, np.maximum(overlap, 0) / scale, length)
 
@@ -107,7 +106,7 @@ def _area(length: int, new_length: int) -> Taps:
 def _kernel(kernel: Callable[[_Values], _Values], radius: float) -> Callable[[int, int], Taps]:
     def kernel_taps(length: int, new_length: int) -> Taps:
         centres = _centres(length, new_length)
-        indices = np.ceil(centres - radius - 0.5) + np.arange(int(2 * np.ceil(radius)) + 1)[:, None]
+        indices = np.ceil(centres - radius - 0.5) + np.arange(2 * np.ceil(radius) + 1)[:, None]
         distance = np.abs(indices + 0.5 - centres)
         return _inside(indices, np.where(distance < radius, kernel(distance), 0), length)
 

@@ -162,7 +162,7 @@ def _check_directory(directory: Any) -> str:
 def _check_labels(labels: Any, label_mode: Any, class_names: Any) -> None:
     if label_mode is not None:
         check_choice(label_mode, "label_mode", ("int", "categorical", "binary"))
-    if isinstance(labels, str) and labels != "inferred" or isinstance(labels, bytes):
+    if isinstance(labels, bytes) or (isinstance(labels, str) and labels != "inferred"):
         raise ValueError(f"labels must be 'inferred', None or a list of numbers, got {labels!r}")
     if not isinstance(labels, str | Sequence | np.ndarray | None):
         raise TypeError(f"labels must be 'inferred', None or a list of numbers, got {short_repr(labels, 80)}")
