@@ -83,7 +83,7 @@ def decode_wav(content: bytes, most: int | None = None) -> Wav:
     while start + 8 <= len(content):
         name, size = struct.unpack_from("<4sI", content, start)
         start += 8
-        if name == b"fmt " and size >= 16:
+        if name == b"fmt " and 16 <= size <= len(content) - start:
             encoding, channels, rate, _, _, bits = struct.unpack_from("<HHIIHH", content, start)
             if encoding == _EXTENSIBLE and size >= 26:  # what it really is stands first in the sub-format
                 (encoding,) = struct.unpack_from("<H", content, start + 24)
