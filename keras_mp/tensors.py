@@ -14,4 +14,5 @@ def for_tensorflow(batch: Any) -> Any:
         return batch
     from keras_mp import tfdata
 
-    return tfdata.with_string_tensors(batch)
+    # Keras takes a lone array for the inputs, but not a lone tensor.
+    return tfdata.with_string_tensors(batch if isinstance(batch, tuple | dict) else (batch,))
