@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from keras_mp.callbacks import BackupAndRestore as BackupAndRestore
     from keras_mp.dataset import PoolDataset as PoolDataset
     from keras_mp.dataset import parallelize as parallelize
+    from keras_mp.directories import audio_dataset_from_directory as audio_dataset_from_directory
+    from keras_mp.directories import image_dataset_from_directory as image_dataset_from_directory
+    from keras_mp.directories import text_dataset_from_directory as text_dataset_from_directory
+    from keras_mp.directories import timeseries_dataset_from_array as timeseries_dataset_from_array
     from keras_mp.engines.processes import WorkerPool as WorkerPool
     from keras_mp.errors import *  # noqa: F403  # it says itself what is public
     from keras_mp.loading.collate import empty as empty
@@ -31,6 +35,12 @@ __version__ = "0.1.0"
 _MODULES = {
     "callbacks": ["BackupAndRestore"],
     "dataset": ["PoolDataset", "parallelize"],
+    "directories": [
+        "audio_dataset_from_directory",
+        "image_dataset_from_directory",
+        "text_dataset_from_directory",
+        "timeseries_dataset_from_array",
+    ],
     "engines.processes": ["WorkerPool"],
     "loading.collate": ["empty"],
     "monitor": ["PipelineMonitor"],

@@ -28,7 +28,6 @@ from keras_mp.engines.prefetch import Prefetch
 from keras_mp.engines.readahead import NONE_AHEAD
 from keras_mp.errors import PoolClosed, SampleError, warn_user
 from keras_mp.loading.base import Loaded, Loader
-from keras_mp.loading.collate import with_tuples
 from keras_mp.loading.failures import FailureLog
 from keras_mp.plan.batching import Batching
 from keras_mp.plan.iteration import Iteration
@@ -37,6 +36,7 @@ from keras_mp.plan.position import Position
 from keras_mp.plan.progress import BatchKey
 from keras_mp.plan.request import Request
 from keras_mp.stats import ServedSoFar
+from keras_mp.tensors import for_tensorflow
 
 
 class Bridge(keras.utils.PyDataset):
@@ -138,7 +138,7 @@ class Bridge(keras.utils.PyDataset):
             with self._lock:
                 self._position.hand_out(asked)
                 self._served_so_far.handed_out.add(asked.run is not None)
-        return with_tuples(batch) if on_tensorflow else batch
+        return for_tensorflow(batch) if on_tensorflow else batch
 
     def _ask(self, index: int, by_keras: bool) -> tuple[Asked | None, Any]:
         """What `dataset[index]` is, and the engine's handle of it."""

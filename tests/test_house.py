@@ -13,10 +13,11 @@ _PACKAGE = Path(__file__).parents[1] / "keras_mp"
 _FLOORS = [
     {"__main__"},
     {"cli"},
-    {"commands"},
+    {"commands", "directories"},
     {"dataset", "callbacks", "monitor"},
     {"loaded"},
     {"bridge", "report"},
+    {"tensors"},
     {"tfdata", "callers", "auto_shard", "exits", "stats"},
     {"engines"},
     {"workers"},

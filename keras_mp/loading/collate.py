@@ -65,6 +65,15 @@ def with_tuples(batch: Any) -> Any:
     return batch
 
 
+def holds_strings(batch: Any) -> bool:
+    """Whether a leaf of the batch is an array of strings, or of objects, which strings of bytes are."""
+    if isinstance(batch, dict):
+        return any(map(holds_strings, batch.values()))
+    if isinstance(batch, list | tuple):
+        return any(map(holds_strings, batch))
+    return isinstance(batch, np.ndarray) and batch.dtype.kind in "USO"
+
+
 class Samples:
     """Collects samples, in at most `capacity` rows, for a `collate` function of the user's."""
 
