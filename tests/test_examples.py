@@ -15,7 +15,9 @@ import pytest
 
 _ROOT = Path(__file__).resolve().parents[1]
 _EXAMPLES = _ROOT / "examples"
-_TIMEOUT_S = 150.0
+_TIMEOUT_S = 280.0  # a minute on a quiet machine
+
+pytestmark = pytest.mark.timeout(300)
 
 
 def _run(name: str, *arguments: str) -> str:
@@ -68,7 +70,6 @@ def test_text_in_buckets_is_padded_and_compiled_less() -> None:
     assert int(alike[2]) <= int(alike[1]) + 2
 
 
-@pytest.mark.timeout(300)
 def test_satellite_reports_truncated_tiles_and_compares_four_loaders() -> None:
     arguments = ["--tiles", "64", "--epochs", "4", "--size", "32", "--truncated", "3", "--workers", "2"]
     output = _run("satellite.py", *arguments)
