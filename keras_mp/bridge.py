@@ -138,6 +138,7 @@ class Bridge(keras.utils.PyDataset):
             with self._lock:
                 self._position.hand_out(asked)
                 self._served_so_far.handed_out.add(asked.run is not None)
+                self._prefetch.top_up()
         return for_tensorflow(batch) if on_tensorflow else batch
 
     def _ask(self, index: int, by_keras: bool) -> tuple[Asked | None, Any]:

@@ -60,6 +60,7 @@ class ReadAhead:
         self._engine: Engine | None = engine
         self._requests = requests
         self._limit = limit
+        self._knows_size = False
         self._taken_over = handles or {}
         self._ahead: collections.deque[tuple[Request, Any]] = collections.deque()
 
@@ -89,7 +90,15 @@ class ReadAhead:
     def next(self) -> Loaded:
         """Waits for the next batch."""
         handle = self.take()
-        return self._open().result(handle)
+        loaded = self._open().result(handle)
+        self.top_up()
+        return loaded
+
+    def top_up(self) -> None:
+        """Requests more, once, as soon as the size of a batch is known; to be called when one has come."""
+        if not self._knows_size and self._engine is not None and self._engine.batch_bytes is not None:
+            self._knows_size = True
+            self._fill(max(0, self._depth() - len(self._ahead)))
 
     @property
     def next_key(self) -> tuple[int, int] | None:

@@ -146,20 +146,20 @@ def replace_arrays(source: Any, replace: Callable[[npt.NDArray[Any]], npt.NDArra
         source: an array, a view, or any other source, in which nothing is replaced.
         replace: gives the array for another, or None: it stays.
     """
-    made: dict[int, Any] = {}
+    return _replaced(source, replace, {})
 
-    def replaced(source: Any) -> Any:
-        if id(source) not in made:
-            made[id(source)] = source
-            if type(source) is np.ndarray and (array := replace(source)) is not None:
-                made[id(source)] = array
-            elif isinstance(source, View):
-                sources = tuple(map(replaced, source.sources))
-                if any(map(operator.is_not, sources, source.sources)):
-                    made[id(source)] = source.over(sources)
-        return made[id(source)]
 
-    return replaced(source)
+def _replaced(source: Any, replace: Callable[[npt.NDArray[Any]], npt.NDArray[Any] | None], made: dict[int, Any]) -> Any:
+    # Not a function within `replace_arrays`: one that calls itself is a cycle, which would keep what `replace` holds.
+    if id(source) not in made:
+        made[id(source)] = source
+        if type(source) is np.ndarray and (array := replace(source)) is not None:
+            made[id(source)] = array
+        elif isinstance(source, View):
+            sources = tuple(_replaced(each, replace, made) for each in source.sources)
+            if any(map(operator.is_not, sources, source.sources)):
+                made[id(source)] = source.over(sources)
+    return made[id(source)]
 
 
 def split(source: Any, fraction: float, *, seed: int | None = 0, stratify: Any = None) -> tuple[View, View]:
