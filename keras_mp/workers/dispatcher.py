@@ -271,7 +271,7 @@ class Dispatcher:
         """Puts back what a worker was doing that has ended, or that cannot be made to."""
         said = handle.process.captured_stderr()
         end = handle.settle()
-        if handle.is_surplus:
+        if handle.is_surplus and not handle.bundles:  # it was let go, and has left
             return
         if not handle.process.ready:
             # While another is ending, too, its failure would be that of jobs which come after this answer.
