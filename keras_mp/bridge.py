@@ -25,7 +25,6 @@ from keras_mp import auto_shard, exits
 from keras_mp.callers import current_call, is_keras, warn_of_keras_pool
 from keras_mp.engines.choice import EngineChoice, Running
 from keras_mp.engines.prefetch import Prefetch
-from keras_mp.engines.readahead import NONE_AHEAD
 from keras_mp.errors import PoolClosed, SampleError, warn_user
 from keras_mp.loading.base import Loaded, Loader
 from keras_mp.loading.failures import FailureLog
@@ -62,7 +61,7 @@ class Bridge(keras.utils.PyDataset):
         super().__init__(
             workers=choice.workers if choice.by_keras else 1,
             use_multiprocessing=choice.by_keras,
-            max_queue_size=choice.limit.batches,
+            max_queue_size=choice.queue_size,
         )
         self._loader = loader
         self._choice = choice
@@ -84,7 +83,7 @@ class Bridge(keras.utils.PyDataset):
         self._lock = threading.RLock()
         self._served_so_far = ServedSoFar()
         self._runtime: Running | None = None
-        self._prefetch = Prefetch(NONE_AHEAD if self._choice.is_inline else self._choice.limit)
+        self._prefetch = Prefetch(self._choice.limit())
         self._hook_is_due = False
 
     # -- batches -------------------------------------------------------------------------------------------------
@@ -330,10 +329,11 @@ class Bridge(keras.utils.PyDataset):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _part(self, plan: Batching) -> Self:
-        """A dataset like this one, of another plan."""
+    def _part(self, plan: Batching, choice: EngineChoice | None = None) -> Self:
+        """A dataset like this one, of another plan, its batches maybe made elsewhere."""
         part = copy.copy(self)
-        part._choice = self._choice
+        part._choice = choice or self._choice
+        part._make_runtime_state()
         part._set_plan(plan)
         part._position.set_epoch(self.epoch)
         return part

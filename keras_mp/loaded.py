@@ -151,9 +151,7 @@ class LoadedDataset(Bridge):
         Raises:
             TypeError, ValueError: it is not None or a whole number from 0 to 4096.
         """
-        copied = self._part(self._plan)
-        copied._choice = self._choice.with_workers(workers)
-        return copied
+        return self._part(self._plan, self._choice.with_workers(workers))
 
     def inspection(self, sample: int | None = None, timeout: float | None = None) -> Self:
         """A dataset whose batches say what is found in this one's: each is a list of `Inspected`.
@@ -173,8 +171,7 @@ class LoadedDataset(Bridge):
             self._refuse_endless("inspection() without sample=")
         else:
             sample = checks.check_count(sample, "sample")
-        copied = self._part(self._plan.once(sample))
-        copied._choice = self._choice.with_timeout(timeout)
+        copied = self._part(self._plan.once(sample), self._choice.with_timeout(timeout))
         copied._loader = inspecting(self._loader)
         return copied
 

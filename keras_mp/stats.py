@@ -276,16 +276,11 @@ class ServedSoFar:
         return Stats(
             **{name: value for name, value in engine.items() if name in _FIELDS},
             elapsed_s=0.0 if self._started_at is None else time.monotonic() - self._started_at,
-            batches=self.batches,
+            **{name: getattr(self, name) for name in _OF_WHO_TAKES},
             loaded_batches=work.batches,
             samples=work.samples,
             bytes=work.nbytes,
             retries=work.retries,
-            wait_s=self.wait_s,
-            first_wait_s=self.first_wait_s,
-            used_s=self.used_s,
-            steps=self.steps,
-            wait_is_of_training=self.wait_is_of_training,
             queue_s=work.queued_s,
             work_s=work.total_s,
             cpu_s=work.cpu_s,
@@ -296,6 +291,7 @@ class ServedSoFar:
 
 
 _MAX_TIMES = 1 << 16  # enough for an epoch of so many steps
+_OF_WHO_TAKES = ("batches", "wait_s", "first_wait_s", "used_s", "steps", "wait_is_of_training")
 _FIELDS = frozenset(field.name for field in dataclasses.fields(Stats))
 _SUMS = (
     "elapsed_s",

@@ -79,22 +79,4 @@ def _show(dataset: LoadedDataset, measured: Throughput, console: Console) -> Non
         table.add_row("", f"{measured.samples_per_s:.4g} samples/s")
         table.add_row("", f"{measured.bytes_per_s / 1e6:.4g} MB/s")
     console.print(table)
-    report = getattr(dataset, "report", None)
-    if report is not None:
-        console.print(report())
-        return
-    stats = dataset.stats()
-    if not stats.loaded_batches:
-        return
-    stages = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("stage", "a batch", "share", "slowest sample"):
-        stages.add_column(name, justify="left" if name in ("stage", "slowest sample") else "right", overflow="fold")
-    for name, stage in stats.stages.items():
-        if stage.total_s:
-            slow = stage.slowest[0] if stage.slowest else None
-            words = "" if slow is None else f"{slow.index} ({slow.item}) {seconds_in_words(slow.seconds)}"
-            share = f"{stage.total_s / stats.work_s:.0%}" if stats.work_s else ""
-            stages.add_row(name, seconds_in_words(stage.mean_s), share, Text(words))
-    console.print()
-    console.print(stages)
-    console.print(f"workers were busy {stats.worker_busy_fraction:.0%} of the time")
+    console.print(dataset.report())

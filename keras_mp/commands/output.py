@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from keras_mp.commands.errors import CommandError
+from keras_mp.report import words
 
 
 def seconds_in_words(seconds: float) -> str:
@@ -14,9 +15,7 @@ def seconds_in_words(seconds: float) -> str:
     if seconds >= 60:
         minutes, rest = divmod(round(seconds), 60)
         return f"{minutes} min {rest} s"
-    if seconds >= 1:
-        return f"{seconds:.3g} s"
-    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
+    return words.seconds(seconds)
 
 
 def rate_in_words(rate: float) -> str:

@@ -13,7 +13,7 @@ from keras_mp.engines.base import Engine
 from keras_mp.engines.executor import ExecutorEngine
 from keras_mp.engines.inline import InlineEngine
 from keras_mp.engines.processes import WorkerPool, shared_pool
-from keras_mp.engines.readahead import Limit
+from keras_mp.engines.readahead import NONE_AHEAD, Limit
 from keras_mp.engines.threads import ThreadsEngine
 from keras_mp.errors import short_repr
 from keras_mp.loading.base import Loader
@@ -57,7 +57,7 @@ class EngineChoice:
         use_multiprocessing: processes rather than threads.
         pool: as the user gave it.
         timeout_s: seconds that one batch may take in a worker process.
-        limit: how much may be in flight.
+        max_queue_size, max_queue_bytes: as the user gave them; see `limit`.
         is_auto: whether the number of workers is what a search begins with.
     """
 
@@ -65,7 +65,8 @@ class EngineChoice:
     use_multiprocessing: bool
     pool: Pool
     timeout_s: float | None
-    limit: Limit
+    max_queue_size: int | None = None
+    max_queue_bytes: int | None = None
     is_auto: bool = False
 
     @classmethod
@@ -107,12 +108,15 @@ class EngineChoice:
                 f"use_multiprocessing={use_multiprocessing!r} were given; leave them out, or give workers= a number"
             )
         count = check_workers(None if workers == "auto" else workers)
-        limit = Limit(
-            check_count_or_none(max_queue_size, "max_queue_size") or max(_LEAST_IN_FLIGHT, 2 * count),
-            max(2, count),
-            check_count_or_none(max_queue_bytes, "max_queue_bytes") or available_memory() // 4,
+        return cls(
+            count,
+            use_multiprocessing,
+            pool,
+            check_timeout(timeout),
+            check_count_or_none(max_queue_size, "max_queue_size"),
+            check_count_or_none(max_queue_bytes, "max_queue_bytes"),
+            is_auto,
         )
-        return cls(count, use_multiprocessing, pool, check_timeout(timeout), limit, is_auto)
 
     @property
     def by_keras(self) -> bool:
@@ -125,6 +129,17 @@ class EngineChoice:
         return self.by_keras or (self.pool is None and self.workers == 0)
 
     @property
+    def queue_size(self) -> int:
+        """Batches in flight at most; where the user gives no number, enough to keep all workers busy."""
+        return self.max_queue_size or max(_LEAST_IN_FLIGHT, 2 * self.workers)
+
+    def limit(self) -> Limit:
+        """How much may be in flight, by the memory that is available now, unless the user says it."""
+        if self.is_inline:
+            return NONE_AHEAD
+        return Limit(self.queue_size, max(2, self.workers), self.max_queue_bytes or available_memory() // 4)
+
+    @property
     def shares_pool(self) -> bool:
         """Whether the workers are those that datasets share which are given no pool."""
         return self.pool is None and self.use_multiprocessing and self.workers > 0
@@ -135,7 +150,7 @@ class EngineChoice:
 
     def with_workers(self, workers: int | None) -> EngineChoice:
         """The same, with so many workers of its own: no pool of the user's or Keras's."""
-        return dataclasses.replace(self, workers=check_workers(workers), pool=None)
+        return dataclasses.replace(self, workers=check_workers(workers), pool=None, is_auto=False)
 
     def with_timeout(self, timeout: float | None) -> EngineChoice:
         """The same, with another `timeout`, if one is given."""

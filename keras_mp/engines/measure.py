@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from keras_mp.engines.choice import EngineChoice
-from keras_mp.engines.readahead import Limit, ReadAhead
+from keras_mp.engines.readahead import NONE_AHEAD, Limit, ReadAhead
 from keras_mp.loading.lengths import LengthLoader
 from keras_mp.plan.batching import Batching
 from keras_mp.plan.shuffle import Indices
@@ -40,8 +40,9 @@ def measure_lengths(
     plan = Batching(count, _BATCH)
     running = dataclasses.replace(choice, timeout_s=None).start(LengthLoader(function, seed, retries))
     requests = (plan.request(0, batch) for batch in range(plan.num_batches))
-    depth = 0 if choice.is_inline else _DEPTH_PER_WORKER * max(1, choice.workers)
-    ahead = ReadAhead(running.engine, requests, Limit(depth, depth, choice.limit.bytes))
+    depth = _DEPTH_PER_WORKER * max(1, choice.workers)
+    limit = NONE_AHEAD if choice.is_inline else Limit(depth, depth, depth * _BATCH * 8)
+    ahead = ReadAhead(running.engine, requests, limit)
     try:
         ahead.start()
         return np.concatenate([ahead.next().batch for _ in range(plan.num_batches)])

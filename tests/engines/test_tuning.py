@@ -131,6 +131,20 @@ def test_large_batches_are_bounded_by_their_bytes(nbytes: int | None, most: int)
         assert taken == list(range(40))
 
 
+def test_a_copy_with_a_number_of_workers_has_that_number_and_as_much_in_flight_as_they_need() -> None:
+    original = keras_mp.PoolDataset(range(80), _megabyte, batch_size=1, workers="auto")
+    with original, original.with_workers(6) as data:
+        batches = iter(data)
+        for _ in range(3):
+            next(batches)
+        assert eventually(lambda: data.stats().queued + data.stats().running == 0)
+        assert data.stats().loaded_batches == 3 + 12
+        for _ in batches:
+            pass
+        assert data.stats().workers == 6
+        assert "found by itself" not in repr(data)
+
+
 @pytest.mark.parametrize("value", [0, -1, 1.5, "2 GiB"])
 def test_bad_bounds(value: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="max_queue_bytes must be"):

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +35,7 @@ def test_a_surplus_worker_that_is_killed_at_a_batch_loses_none(tmp_path: Path) -
         keras_mp.PoolDataset(np.arange(8.0), _Blocks(tmp_path), batch_size=2, pool=pool) as data,
     ):
         ahead = data.stream()
-        taken = []
+        taken: list[np.ndarray[Any, Any]] = []
         consumer = threading.Thread(target=lambda: taken.extend(batch for (batch,) in ahead))
         consumer.start()
         assert eventually(lambda: all((tmp_path / f"at {value}").exists() for value in (0, 2)))
