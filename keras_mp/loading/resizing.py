@@ -105,7 +105,9 @@ def _area(length: int, new_length: int) -> Taps:
 
 def _kernel(kernel: Callable[[_Values], _Values], radius: float) -> Callable[[int, int], Taps]:
     def kernel_taps(length: int, new_length: int) -> Taps:
-        centres = _centres(length, new_length)
+        # In float32, and by the inverse of the scale, as in TensorFlow: it decides whether a pixel at the edge counts.
+        scale = np.float32(1) / (np.float32(new_length) / np.float32(length))
+        centres = (np.arange(new_length, dtype=np.float32) + np.float32(0.5)) * scale
         indices = np.ceil(centres - radius - 0.5) + np.arange(2 * np.ceil(radius) + 1)[:, None]
         distance = np.abs(indices + 0.5 - centres)
         return _inside(indices, np.where(distance < radius, kernel(distance), 0), length)

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 import keras_mp
 from keras_mp.loading.audio import decode_wav, padded_batch
 from keras_mp.loading.resampling import resample
+from tests.support import assert_alike
 
 
 def _wav(samples: npt.NDArray[Any], rate: int = 8000) -> bytes:
@@ -172,13 +173,7 @@ def test_batches_are_those_of_keras(sounds: Path, options: dict[str, Any]) -> No
     arguments = {"shuffle": False, "verbose": False, "batch_size": 3, **options}
     theirs = list(keras.utils.audio_dataset_from_directory(sounds, **arguments).as_numpy_iterator())
     with keras_mp.audio_dataset_from_directory(sounds, workers=0, **arguments) as dataset:
-        ours = list(dataset)
-    assert len(ours) == len(theirs)
-    for batch, expected in zip(ours, theirs, strict=True):
-        pairs = zip(batch, expected, strict=True) if isinstance(expected, tuple) else [(batch, expected)]
-        for leaf, other in pairs:
-            assert leaf.dtype == other.dtype
-            np.testing.assert_array_equal(leaf, other)
+        assert_alike(list(dataset), theirs)
 
 
 def test_all_sounds_come_at_one_rate_and_length(sounds: Path) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 
 import keras_mp
 from keras_mp.loading.images import cropped, decode, resized_with_pad
+from tests.support import assert_alike
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -162,11 +163,4 @@ def test_batches_are_those_of_keras(photos: Path, options: dict[str, Any]) -> No
     arguments = {"shuffle": False, "verbose": False, "batch_size": 4, **options}
     theirs = list(keras.utils.image_dataset_from_directory(photos, **arguments).as_numpy_iterator())
     with keras_mp.image_dataset_from_directory(photos, workers=0, **arguments) as dataset:
-        ours = list(dataset)
-    assert len(ours) == len(theirs)
-    tolerance = 1.02 if options.get("color_mode") == "grayscale" else 0.02
-    for batch, expected in zip(ours, theirs, strict=True):
-        leaves, others = (batch, expected) if isinstance(expected, tuple) else ((batch,), (expected,))
-        for leaf, other in zip(leaves, others, strict=True):
-            assert leaf.dtype == other.dtype
-            np.testing.assert_allclose(leaf, other, rtol=0, atol=tolerance)
+        assert_alike(list(dataset), theirs, 1.02 if options.get("color_mode") == "grayscale" else 0.02)

@@ -10,15 +10,14 @@ from hypothesis import strategies as st
 
 from keras_mp.loading.resizing import INTERPOLATIONS, resize, taps
 
-_LENGTHS = st.integers(8, 70)  # not of a few pixels: there the sums of float32 in TensorFlow decide which pixels count
+_LENGTHS = st.integers(1, 70)
 # Of 255 levels. TensorFlow sums in float32, and computes some weights in it too.
-# Of the Gaussian, which is not zero at its edge, rounding in TensorFlow decides whether a pixel there counts.
-_TOLERANCE = {"nearest": 0.0, "bilinear": 1e-3, "bicubic": 1e-3, "gaussian": 8.0}
+_TOLERANCE = {"nearest": 0.0, "bilinear": 1e-3, "bicubic": 1e-3}
 _TOLERANCE_OF_OTHERS = 0.02
 
 
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
-@settings(max_examples=40, derandomize=True)
+@settings(max_examples=40)
 @given(rows=_LENGTHS, columns=_LENGTHS, height=_LENGTHS, width=_LENGTHS, seed=st.integers(0, 2**31))
 def test_pixels_are_those_of_tensorflow(
     interpolation: str, rows: int, columns: int, height: int, width: int, seed: int
