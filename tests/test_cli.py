@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -408,13 +409,22 @@ def test_ctrl_c_ends_it_in_one_line_and_leaves_nothing(folder: Path) -> None:
     terminal = _Terminal(folder, "check", "data:stuck")
     terminal.read_until(r"━.* [48]/24")  # the first batches are there, and the third will not come
     worker = _worker_of(folder / "stuck", terminal.process)
-    os.killpg(terminal.process.pid, signal.SIGINT)  # to all of them, as a terminal does
+    _interrupt(terminal.process)
     assert terminal.close() == 130
     assert "keras-mp: interrupted" in terminal.text
     assert "Traceback" not in terminal.text
     with contextlib.suppress(psutil.NoSuchProcess):
         worker.wait(30)
     assert not worker.is_running()
+
+
+def _interrupt(process: subprocess.Popen[bytes]) -> None:
+    """SIGINT to all of them, as a terminal does; again after a while, as Python loses one that hits a finaliser."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGINT)
+        again = threading.Timer(40, _interrupt, [process])
+        again.daemon = True
+        again.start()
 
 
 def _worker_of(path: Path, process: subprocess.Popen[bytes]) -> psutil.Process:

@@ -78,7 +78,7 @@ def _double(value: float) -> float:
 def test_a_pool_grows_and_shrinks_while_it_works() -> None:
     with (
         keras_mp.WorkerPool(1) as pool,
-        keras_mp.PoolDataset(np.arange(8000.0), _double, batch_size=8, pool=pool) as data,
+        keras_mp.PoolDataset(np.arange(8000.0), _double, batch_size=8, pool=pool, max_queue_size=200) as data,
     ):
         batches = iter(data)
         seen = [next(batches) for _ in range(100)]
