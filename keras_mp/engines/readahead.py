@@ -81,7 +81,7 @@ class ReadAhead:
         if not self._ahead:
             self._fill(max(1, self._depth()))
         _, handle = self._ahead.popleft()
-        depth = self._depth()
+        depth = self._limit.depth(engine.batch_bytes)
         missing = depth - len(self._ahead)
         if missing > 0 and missing >= min(engine.bundle_size, depth * 4 // 5):  # several at a time
             self._fill(missing)
