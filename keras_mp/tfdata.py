@@ -147,7 +147,7 @@ def export(dataset: Exported, epochs: int, prefetch: int | None, element_spec: A
         filled = taken + [taken[-1] if taken else spec.nothing()] * (together - len(taken))
         return [np.int64(len(taken)), *(leaf for leaves in filled for leaf in leaves)]
 
-    def apart(count: tf.Tensor, *leaves: tf.Tensor) -> tf.data.Dataset:
+    def one_by_one(count: tf.Tensor, *leaves: tf.Tensor) -> tf.data.Dataset:
         starts = range(0, len(leaves), len(dtypes))
         single = [tf.data.Dataset.from_tensors(spec.pack(leaves[start : start + len(dtypes)])) for start in starts]
         return functools.reduce(tf.data.Dataset.concatenate, single).take(tf.ensure_shape(count, ()))
@@ -157,7 +157,7 @@ def export(dataset: Exported, epochs: int, prefetch: int | None, element_spec: A
         if together == 1:
             return calls.map(plain(lambda _: spec.pack(tf.numpy_function(take, [number], dtypes))))
         some = calls.map(plain(lambda _: tuple(tf.numpy_function(take_some, [number], [tf.int64, *dtypes * together]))))
-        return some.take_while(plain(lambda count, *_: tf.ensure_shape(count, ()) > 0)).flat_map(plain(apart))
+        return some.take_while(plain(lambda count, *_: tf.ensure_shape(count, ()) > 0)).flat_map(plain(one_by_one))
 
     scalar = tf.TensorSpec((), tf.int64)
     streamed = tf.data.Dataset.from_generator(opened, output_signature=(scalar, scalar)).flat_map(plain(batches))

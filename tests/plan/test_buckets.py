@@ -64,7 +64,9 @@ def test_each_sample_comes_once_in_a_batch_of_its_bucket(
     assert batches == _epoch(_plan(lengths, sizes, shuffle, seed, drop), epoch)  # P2
 
 
-@given(_LENGTHS, _SIZES, st.integers(2, 6), st.booleans(), st.integers(0, 3))
+@given(
+    st.lists(st.integers(0, 60), min_size=40, max_size=150), _SIZES, st.integers(2, 6), st.booleans(), st.integers(0, 3)
+)
 @example([1, 1, 50], [1, 1, 1, 1, 2], 2, False, 0)  # the only long sample is joined by a short one
 @example([1, 1, 1, 50], [2, 1, 1, 1, 1], 2, False, 0)  # a batch of short ones gives one away
 @example([1] * 5 + [5] * 3 + [50], [1, 2, 1, 1, 1], 3, False, 0)
@@ -74,9 +76,9 @@ def test_shards_are_disjoint_cover_the_epoch_and_have_as_many_batches(
     whole = _plan(lengths, sizes, True, 7, drop)
     try:
         plans = [whole.for_shard(shards, shard) for shard in range(shards)]
-    except ValueError:
-        assume(False)
-        raise
+    except ValueError as error:  # when it may be refused: the next test
+        assert "num_shards" in str(error)
+        return
     parts = [_epoch(plan, epoch) for plan in plans]
     assert {len(part) for part in parts} == {plans[0].num_batches}
     taken = [index for part in parts for index in _flat(part)]
