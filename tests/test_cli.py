@@ -359,6 +359,11 @@ def test_a_plot_in_an_unknown_format_is_one_line(run: Callable[..., int], capsys
     assert "t.doc cannot be written" in capsys.readouterr().err
 
 
+def _heed_ctrl_c() -> None:
+    """A shell's background jobs, which may be how this runs, inherit that it is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class _Terminal:
     """The command on a terminal of its own."""
 
@@ -372,6 +377,7 @@ class _Terminal:
             stdout=slave,
             stderr=slave,
             start_new_session=True,
+            preexec_fn=_heed_ctrl_c,
         )
         os.close(slave)
         self.text = ""
