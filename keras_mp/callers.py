@@ -10,12 +10,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import multiprocessing
 import sys
 import threading
 import warnings
+from collections.abc import Iterable
 from types import CodeType, FrameType
 
 import keras
+
+from keras_mp.errors import SampleFailure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +103,13 @@ def warn_of_keras_pool() -> None:
             RuntimeWarning,
             stacklevel=3,
         )
+
+
+def warn_of_left_out(failures: Iterable[SampleFailure]) -> None:
+    """Tells the user of failed samples in a process of Keras's, from which `failures` reaches nobody."""
+    if multiprocessing.parent_process() is not None:
+        for failure in failures:
+            warnings.warn(f"keras_mp: left out or replaced: {failure.describe()}", RuntimeWarning, stacklevel=3)
 
 
 @functools.cache

@@ -9,7 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 from keras_mp.loading.base import Loaded
+from keras_mp.loading.recording import Recorder
 from keras_mp.loading.timing import STAGES, SlowSample, WorkTotals
+from keras_mp.plan.request import Request
+from keras_mp.trace import Trace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,9 +192,13 @@ class ServedSoFar:
         wait_is_of_training: whether that is not a thread of TensorFlow's.
         training: what `PipelineMonitor` has measured last.
         handed_out: when batches of passes and exports were.
+        recorder: gets what happens when, where there is a timeline of it.
+        trace: that timeline, the last one.
     """
 
     def __init__(self) -> None:
+        self.recorder = Recorder()
+        self.trace: Trace | None = None
         self.batches = 0
         self.wait_s = 0.0
         self.wait_is_of_training = True
@@ -205,15 +212,30 @@ class ServedSoFar:
         if self._started_at is None:
             self._started_at = time.monotonic()
 
-    def serve(self, load: Callable[..., Loaded], *arguments: Any) -> Loaded:
-        """Calls `load`, which waits for a batch."""
+    def mark(self, request: Request) -> Request:
+        """The request as it is to be asked for: with a timeline, if there is one."""
+        return request if self.recorder.recording is None else request._replace(traced=True)
+
+    def serve(self, key: tuple[int, int], load: Callable[..., Loaded], *arguments: Any) -> Loaded:
+        """Calls `load`, which waits for the batch of that epoch and number."""
         began = time.monotonic()
-        loaded = load(*arguments)
+        try:
+            loaded = load(*arguments)
+        except Exception as error:
+            self.recorder.add_wait(*key, began, type(error).__name__)
+            raise
         self.wait_s += time.monotonic() - began
         self.batches += 1
+        self.recorder.add_wait(*key, began)
         if loaded.work is not None:
             self._work.add(loaded.work, loaded.nbytes or 0)
+            self.recorder.add(loaded.work.events)
         return loaded
+
+    def write_trace(self) -> None:
+        """Writes what there is of the timeline to its file; that fails with a warning."""
+        if self.trace is not None:
+            self.trace.update()
 
     def stats(self, engine: dict[str, Any], **numbers: Any) -> Stats:
         """The numbers of now.

@@ -15,6 +15,7 @@ _FLOORS = [
     {"loaded"},
     {"bridge"},
     {"tfdata", "callers", "auto_shard", "exits", "stats"},
+    {"trace"},
     {"engines"},
     {"workers"},
     {"loading"},

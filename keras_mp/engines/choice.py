@@ -18,6 +18,7 @@ from keras_mp.engines.processes import WorkerPool, shared_pool
 from keras_mp.engines.threads import ThreadsEngine
 from keras_mp.errors import short_repr
 from keras_mp.loading.base import Loader
+from keras_mp.loading.recording import Recorder
 
 Pool = WorkerPool | concurrent.futures.Executor | Literal["keras"] | None
 
@@ -105,8 +106,8 @@ class EngineChoice:
         """The same for a copy in another process, where the pool cannot be."""
         return self if self.by_keras else dataclasses.replace(self, pool=None)
 
-    def start(self, loader: Loader) -> Running:
-        """Makes the engine."""
+    def start(self, loader: Loader, recorder: Recorder) -> Running:
+        """Makes the engine. What happens to its workers goes to `recorder`; of batches, it comes with them."""
         if isinstance(self.pool, concurrent.futures.Executor):
             return Running(ExecutorEngine(self.pool, loader), loader)
         if self.is_inline:
@@ -114,7 +115,7 @@ class EngineChoice:
         if self.pool is None and not self.use_multiprocessing:
             return Running(ThreadsEngine(self.workers, loader), loader)
         pool = self.pool if isinstance(self.pool, WorkerPool) else shared_pool(self.workers)
-        engine = pool.client(loader, self.timeout_s)
+        engine = pool.client(loader, self.timeout_s, recorder)
         source = getattr(loader, "source", None)
         if type(source) is np.ndarray and (shared := engine.shared_view(source)) is not None:
             loader = copy.copy(loader)

@@ -15,6 +15,7 @@ from typing import Any
 
 from keras_mp.checks import check_workers
 from keras_mp.loading.base import Loader
+from keras_mp.loading.recording import Recorder
 from keras_mp.workers.client import PoolClient
 from keras_mp.workers.dispatcher import Dispatcher
 
@@ -55,17 +56,18 @@ class WorkerPool:
         self._finalizer = weakref.finalize(self, self._dispatcher.close, wait=False)
         self._finalizer.atexit = False  # `_close_all` does that, and waits
 
-    def client(self, loader: Loader, timeout_s: float | None = None) -> PoolClient:
+    def client(self, loader: Loader, timeout_s: float | None = None, recorder: Recorder | None = None) -> PoolClient:
         """The engine of one dataset on this pool, which it keeps alive until it is closed.
 
         Args:
             loader: what the workers load batches with.
             timeout_s: seconds that a batch may take in a worker; None: any time.
+            recorder: gets what happens when, for a timeline.
 
         Raises:
             KerasMPError: the loader holds something that cannot be pickled, or there is no shared memory for it.
         """
-        return PoolClient(self._dispatcher, loader, timeout_s, self)
+        return PoolClient(self._dispatcher, loader, timeout_s, self, recorder)
 
     def stats(self) -> dict[str, Any]:
         """Process ids, restarts so far, jobs queued and running."""

@@ -43,6 +43,7 @@ from keras_mp.workers.handle import WorkerHandle
 from keras_mp.workers.job_queue import JobQueue
 from keras_mp.workers.jobs import Job
 from keras_mp.workers.messages import Done, Refused, Reply
+from keras_mp.workers.pool_record import PoolRecord
 from keras_mp.workers.shared_loader import SharedLoader
 from keras_mp.workers.start_record import StartRecord
 from keras_mp.workers.verdict import record_end
@@ -74,8 +75,7 @@ class Dispatcher:
         self._ticking = False  # the thread looks around by itself, and need not be woken
         self._busy_at = 0.0
         self._starts = StartRecord()
-        self._restarts = self._timeouts = 0
-        self._ended_busy_s = self._ended_ready_s = 0.0
+        self._record = PoolRecord()
 
     # -- called by consumers -------------------------------------------------------------------------------------
 
@@ -142,13 +142,7 @@ class Dispatcher:
             handles = self.workers.handles
             return {
                 "workers": self.workers.count,
-                "pids": tuple(handle.process.pid for handle in handles),
-                "busy_s": tuple(handle.busy_s for handle in handles),
-                "ready_s": tuple(handle.ready_s for handle in handles),
-                "pool_busy_s": self._ended_busy_s + sum(handle.busy_s for handle in handles),
-                "pool_ready_s": self._ended_ready_s + sum(handle.ready_s for handle in handles),
-                "restarts": self._restarts,
-                "timeouts": self._timeouts,
+                **self._record.describe(handles),
                 "queued": len(self._queue),
                 "running": sum(len(handle.jobs) for handle in handles),
             }
@@ -235,6 +229,7 @@ class Dispatcher:
                 else:
                     handle.process.set_ready()
                     self._starts.add_success()
+                    self._record.add_start(handle, self._loaders)
                 self._queue.hand_out()
         if gone:
             with self.lock:
@@ -264,14 +259,14 @@ class Dispatcher:
                 nbytes += batch.nbytes
                 bundle.loader.record_batch(batch.load_s, batch.nbytes)
             job.finish(batch)
-        if reply.work is not None:
-            bundle.loader.totals.add(reply.work, nbytes)
+        bundle.loader.record_work(reply.work, nbytes)
         self._queue.put_back(bundle.jobs[len(reply.batches) :])
 
     def _settle(self, handle: WorkerHandle) -> None:
         """Puts back what a worker was doing that has ended, or that cannot be made to."""
         said = handle.process.captured_stderr()
         end = handle.settle()
+        self._record.add_end(handle, end, self._loaders)
         if not handle.process.ready:
             # While another is ending, too, its failure would be that of jobs which come after this answer.
             if self._starts.add_failure(end) and not self.workers.handles and not self.workers.are_ending:
@@ -279,10 +274,6 @@ class Dispatcher:
                     f"a worker process could not start: it {end.text}. It said:\n{said or '(nothing)'}"
                 )
             return
-        self._restarts += 1
-        self._timeouts += end.cause == "late"
-        self._ended_busy_s += handle.busy_s
-        self._ended_ready_s += handle.ready_s
         job = handle.blamable
         if job is not None:
             record_end(job, end, handle.process.pid, handle.process.killed_at or 0.0)
