@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from keras_mp.errors import *  # noqa: F403  # it says itself what is public
     from keras_mp.loading.collate import empty as empty
     from keras_mp.monitor import PipelineMonitor as PipelineMonitor
+    from keras_mp.plot import plot_timeline as plot_timeline
     from keras_mp.stats import Stats as Stats
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ _MODULES = {
     "engines.processes": ["WorkerPool"],
     "loading.collate": ["empty"],
     "monitor": ["PipelineMonitor"],
+    "plot": ["plot_timeline"],
     "stats": ["Stats"],
     "errors": [
         "BatchTimeout",

@@ -11,7 +11,7 @@ import pytest
 _PACKAGE = Path(__file__).parents[1] / "keras_mp"
 # From the top down; those on one line know nothing of each other.
 _FLOORS = [
-    {"dataset", "callbacks", "monitor"},
+    {"dataset", "callbacks", "monitor", "plot"},
     {"loaded"},
     {"bridge"},
     {"tfdata", "callers", "auto_shard", "exits", "stats"},

@@ -32,7 +32,7 @@ class Event(NamedTuple):
         begun: when, in seconds of `time.monotonic`.
         seconds: how long it took; None: it is a moment.
         epoch, batch: which batch it belongs to; -1: none.
-        number: of a batch: how many samples; of a stage: the sample's index in the source, or -1 for the batch as a whole.
+        number: of a batch: how many samples; of a stage: the sample's index in the source, or -1 for all of them.
         text: more about it.
     """
 
