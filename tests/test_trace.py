@@ -22,11 +22,18 @@ import keras_mp
 from keras_mp.loading.recording import CONSUMER, Event, Recorder, Recording
 from keras_mp.trace import Trace
 
-_ENGINES: dict[str, dict[str, Any]] = {
-    "processes": {"workers": 2},
-    "threads": {"workers": 2, "use_multiprocessing": False},
-    "in-process": {"workers": 0},
-}
+_ENGINES = ("processes", "threads", "in-process")
+
+
+@pytest.fixture
+def engine_options(engine: str, running_pool: keras_mp.WorkerPool) -> dict[str, Any]:
+    """Arguments that ask for an engine."""
+    options: dict[str, dict[str, Any]] = {
+        "processes": {"pool": running_pool},
+        "threads": {"workers": 2, "use_multiprocessing": False},
+        "in-process": {"workers": 0},
+    }
+    return options[engine]
 
 
 def _double(row: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -68,9 +75,11 @@ def _lanes(events: list[dict[str, Any]]) -> dict[int, str]:
 
 
 @pytest.mark.parametrize("engine", _ENGINES)
-def test_it_has_each_batch_with_its_stages_and_who_waited(engine: str, tmp_path: pathlib.Path) -> None:
+def test_it_has_each_batch_with_its_stages_and_who_waited(
+    engine: str, engine_options: dict[str, Any], tmp_path: pathlib.Path
+) -> None:
     path = tmp_path / "trace.json"
-    with _dataset(**_ENGINES[engine]) as dataset:
+    with _dataset(**engine_options) as dataset:
         with dataset.trace(path):
             list(dataset)
             list(dataset)
@@ -104,9 +113,11 @@ def _holds(batch: dict[str, Any], stage: dict[str, Any]) -> bool:
     return bool(batch["ts"] <= stage["ts"] and stage["ts"] + stage["dur"] <= batch["ts"] + batch["dur"])
 
 
-def test_small_batches_that_travel_together_are_told_apart(tmp_path: pathlib.Path) -> None:
+def test_small_batches_that_travel_together_are_told_apart(
+    running_pool: keras_mp.WorkerPool, tmp_path: pathlib.Path
+) -> None:
     path = tmp_path / "trace.json"
-    with keras_mp.PoolDataset(np.arange(4000.0), batch_size=4, workers=2) as dataset, dataset.trace(path):
+    with keras_mp.PoolDataset(np.arange(4000.0), batch_size=4, pool=running_pool) as dataset, dataset.trace(path):
         list(dataset)
     batches = _of(_checked(path), "batch")
     assert sorted(each["args"]["batch"] for each in batches) == list(range(1000))
@@ -166,9 +177,9 @@ def _fail(row: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 @pytest.mark.parametrize("engine", _ENGINES)
-def test_a_batch_that_fails_is_marked(engine: str, tmp_path: pathlib.Path) -> None:
+def test_a_batch_that_fails_is_marked(engine: str, engine_options: dict[str, Any], tmp_path: pathlib.Path) -> None:
     path = tmp_path / "trace.json"
-    with keras_mp.PoolDataset(np.zeros((8, 1)), _fail, batch_size=8, **_ENGINES[engine]) as dataset:
+    with keras_mp.PoolDataset(np.zeros((8, 1)), _fail, batch_size=8, **engine_options) as dataset:
         with pytest.raises(keras_mp.SampleError), dataset.trace(path):
             list(dataset)
     (failed,) = _of(_checked(path), "consumer", "i")
@@ -202,10 +213,12 @@ class _Epochs(keras.callbacks.Callback):
 
 
 @pytest.mark.parametrize("export", [False, True])
-def test_a_plain_call_before_fit_is_enough(export: bool, tmp_path: pathlib.Path) -> None:
+def test_a_plain_call_before_fit_is_enough(
+    export: bool, running_pool: keras_mp.WorkerPool, tmp_path: pathlib.Path
+) -> None:
     path = tmp_path / "trace.json"
     written = _Epochs(path)
-    with keras_mp.PoolDataset(np.zeros((64, 1)), _pair, batch_size=8, workers=2) as dataset:
+    with keras_mp.PoolDataset(np.zeros((64, 1)), _pair, batch_size=8, pool=running_pool) as dataset:
         dataset.trace(path)
         _model().fit(dataset.to_tf_dataset() if export else dataset, epochs=3, verbose=0, callbacks=[written])
     assert all(count >= 8 * (epoch + 1) for epoch, count in enumerate(written.counts)) and len(written.counts) == 2
@@ -326,9 +339,11 @@ def test_a_closed_dataset_and_keras_s_own_pool_are_refused() -> None:
 # -- bounded memory, and the lanes -------------------------------------------------------------------------------
 
 
-def test_of_too_many_events_the_oldest_are_dropped_and_the_file_says_so(tmp_path: pathlib.Path) -> None:
+def test_of_too_many_events_the_oldest_are_dropped_and_the_file_says_so(
+    running_pool: keras_mp.WorkerPool, tmp_path: pathlib.Path
+) -> None:
     path = tmp_path / "trace.json"
-    with _dataset(workers=2) as dataset, dataset.trace(path, max_events=100):
+    with _dataset(pool=running_pool) as dataset, dataset.trace(path, max_events=100):
         list(dataset)
         list(dataset)
     about = json.loads(path.read_text(encoding="utf-8"))["otherData"]
