@@ -13,7 +13,6 @@ from typing import Any
 
 import keras
 import numpy as np
-import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,6 +20,7 @@ from hypothesis import strategies as st
 import keras_mp
 from keras_mp.loading.recording import CONSUMER, Event, Recorder, Recording
 from keras_mp.trace import Trace
+from tests import traced
 
 _ENGINES = ("processes", "threads", "in-process")
 
@@ -36,12 +36,8 @@ def engine_options(engine: str, running_pool: keras_mp.WorkerPool) -> dict[str, 
     return options[engine]
 
 
-def _double(row: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    return 2 * row
-
-
 def _dataset(**options: Any) -> keras_mp.PoolDataset:
-    return keras_mp.PoolDataset(np.arange(80.0)[:, None], _double, **{"batch_size": 8, **options})
+    return keras_mp.PoolDataset(np.arange(80.0)[:, None], traced.double, **{"batch_size": 8, **options})
 
 
 def _checked(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -151,16 +147,10 @@ def test_a_worker_that_is_killed_and_the_one_after_it_are_marked(tmp_path: pathl
     assert {each["args"]["batch"] for each in _of(events, "batch")} == set(range(40))
 
 
-def _hang_at_three(row: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    while row[0] == 3:
-        pass
-    return row
-
-
 def test_a_timeout_is_marked_and_what_was_lost_with_it_is_shown(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "trace.json"
     source = np.arange(8.0)[:, None]
-    with keras_mp.PoolDataset(source, _hang_at_three, batch_size=8, workers=1, timeout=0.5) as dataset:
+    with keras_mp.PoolDataset(source, traced.hang_at_three, batch_size=8, workers=1, timeout=0.5) as dataset:
         with dataset.trace(path), pytest.raises(keras_mp.BatchTimeout):
             list(dataset)
     events = _checked(path)
@@ -172,14 +162,10 @@ def test_a_timeout_is_marked_and_what_was_lost_with_it_is_shown(tmp_path: pathli
     assert next(each["args"]["text"] for each in _of(events, "consumer", "i")) == "BatchTimeout"
 
 
-def _fail(row: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    raise ValueError("no good")
-
-
 @pytest.mark.parametrize("engine", _ENGINES)
 def test_a_batch_that_fails_is_marked(engine: str, engine_options: dict[str, Any], tmp_path: pathlib.Path) -> None:
     path = tmp_path / "trace.json"
-    with keras_mp.PoolDataset(np.zeros((8, 1)), _fail, batch_size=8, **engine_options) as dataset:
+    with keras_mp.PoolDataset(np.zeros((8, 1)), traced.fail, batch_size=8, **engine_options) as dataset:
         with pytest.raises(keras_mp.SampleError), dataset.trace(path):
             list(dataset)
     (failed,) = _of(_checked(path), "consumer", "i")
@@ -193,10 +179,6 @@ def _model() -> keras.Model:
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
     model.compile("sgd", "mse", jit_compile=False)
     return model
-
-
-def _pair(row: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    return row, row
 
 
 class _Epochs(keras.callbacks.Callback):
@@ -218,7 +200,7 @@ def test_a_plain_call_before_fit_is_enough(
 ) -> None:
     path = tmp_path / "trace.json"
     written = _Epochs(path)
-    with keras_mp.PoolDataset(np.zeros((64, 1)), _pair, batch_size=8, pool=running_pool) as dataset:
+    with keras_mp.PoolDataset(np.zeros((64, 1)), traced.pair, batch_size=8, pool=running_pool) as dataset:
         dataset.trace(path)
         _model().fit(dataset.to_tf_dataset() if export else dataset, epochs=3, verbose=0, callbacks=[written])
     assert all(count >= 8 * (epoch + 1) for epoch, count in enumerate(written.counts)) and len(written.counts) == 2
