@@ -36,9 +36,8 @@ def test_it_draws_a_lane_for_each_and_the_stages(running_pool: keras_mp.WorkerPo
     lanes = [label.get_text() for label in axes.get_yticklabels()]
     assert lanes[0] == "consumer"
     assert set(lanes[1:]) <= {f"worker (pid {pid})" for pid in pids} and len(lanes) > 1
-    assert _labels(figure) == {
-        "batch handed out", "consumer waits", "batch", "source", "transform", "collate", "write",
-    }  # fmt: skip
+    always = {"batch handed out", "consumer waits", "batch", "source", "transform", "collate", "write"}
+    assert _labels(figure) - {"worker starts", "worker started"} == always  # the second worker may start only now
     assert sorted(int(text.get_text()) for text in axes.texts) == list(range(10))
     assert axes.get_xlabel() == "seconds since the recording began"
     figure.savefig(tmp_path / "timeline.png")
