@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from keras_mp.plan.views import split as split
     from keras_mp.plan.views import windows as windows
     from keras_mp.plan.views import zip as zip
+    from keras_mp.plot import plot_timeline as plot_timeline
     from keras_mp.report.report import Report as Report
     from keras_mp.stats import Stats as Stats
 
@@ -45,6 +46,7 @@ _MODULES = {
     "loading.collate": ["empty"],
     "monitor": ["PipelineMonitor"],
     "report.report": ["Report"],
+    "plot": ["plot_timeline"],
     "stats": ["Stats"],
     "plan.buckets": ["Buckets"],
     "plan.orders": ["balanced", "weighted"],

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import multiprocessing
 import operator
 import sys
 import threading
@@ -22,10 +21,10 @@ from typing import Any, Self
 import keras
 
 from keras_mp import auto_shard, exits
-from keras_mp.callers import current_call, is_keras, warn_of_keras_pool
+from keras_mp.callers import current_call, is_keras, warn_of_keras_pool, warn_of_left_out
 from keras_mp.engines.choice import EngineChoice, Running
 from keras_mp.engines.prefetch import Prefetch
-from keras_mp.errors import PoolClosed, SampleError, warn_user
+from keras_mp.errors import PoolClosed, SampleError
 from keras_mp.loading.base import Loaded, Loader
 from keras_mp.loading.failures import FailureLog
 from keras_mp.plan.batching import Batching
@@ -132,7 +131,8 @@ class Bridge(keras.utils.PyDataset):
             asked, handle = self._ask(index, by_keras)
         on_tensorflow = by_keras and keras.backend.backend() == "tensorflow"
         self._served_so_far.begin(not on_tensorflow, asked is not None and asked.is_first)
-        batch = self._served(engine.result, handle)
+        key = (self._position.epoch, index) if asked is None else asked.key
+        batch = self._served(key, engine.result, handle)
         if asked is not None:
             with self._lock:
                 self._position.hand_out(asked)
@@ -149,7 +149,7 @@ class Bridge(keras.utils.PyDataset):
         epoch = self._position.epoch
         asked = self._position.ask(index, by_keras, self._stride)
         if self._position.epoch != epoch:
-            self._failures.warn(epoch)
+            self._say_what_came_of(epoch)
         if (run := asked.run) is None:
             return asked, self._look(index, asked.key, map(self._position.look, range(index + 1, len(self))))
         if asked.is_first:
@@ -159,16 +159,15 @@ class Bridge(keras.utils.PyDataset):
             self._prefetch.expected = None
         if asked.is_next:
             return asked, self._prefetch.next()
-        (handle,) = self._running().engine.submit([self._position.plan.request(*asked.key)])
-        return asked, handle
+        return asked, self._running().engine.submit(list(self._requests(iter([asked.key]))))[0]
 
     def _look(self, index: int, key: BatchKey, keys: Iterator[BatchKey]) -> Any:
         requests = self._requests(itertools.chain([key], keys))
         return self._prefetch.look(self._running().engine, index, self._stride, key, requests)
 
     def _requests(self, keys: Iterator[BatchKey]) -> Iterator[Request]:
-        plan = self._position.plan
-        return (plan.request(*key) for key in keys)
+        plan, mark = self._position.plan, self._served_so_far.mark
+        return (mark(plan.request(*key)) for key in keys)
 
     def __iter__(self) -> Iterator[Any]:
         """The batches of one epoch, in order; with the last of them the next epoch begins."""
@@ -194,22 +193,21 @@ class Bridge(keras.utils.PyDataset):
             ahead = self._prefetch.open(self._running().engine, requests)
             moves = self._position.moves
         self._served_so_far.begin(not claim)
-        batches: list[Any] = []
-        told, ended = iteration.first_epoch, False
+        batches, told, ended = list[Any](), iteration.first_epoch, False
         try:
-            for epoch, place, _ in iteration.places():
+            for epoch, place, key in iteration.places():
                 if batches and (len(batches) == together or not ahead.is_ready()):
                     yield batches
                     batches = []
                 if epoch != told:
-                    self._failures.warn(told)
+                    self._say_what_came_of(told)
                     told = epoch
                 if self._position.moves != moves:
                     raise RuntimeError(
                         "load_state_dict() has moved the dataset in the middle of this iteration; begin a new one"
                     )
                 try:
-                    batch = self._served(ahead.next)
+                    batch = self._served(key, ahead.next)
                     batches.append(batch if convert is None else convert(batch))
                     self._served_so_far.handed_out.add()
                     del batch
@@ -227,19 +225,18 @@ class Bridge(keras.utils.PyDataset):
         finally:
             ahead.close()
             if claim or ended:
-                self._failures.warn(told)
+                self._say_what_came_of(told)
 
-    def _served(self, load: Callable[..., Loaded], *arguments: Any) -> Any:
+    def _served(self, key: BatchKey, load: Callable[..., Loaded], *arguments: Any) -> Any:
         self._check_open()
         try:
-            loaded = self._served_so_far.serve(load, *arguments)
+            loaded = self._served_so_far.serve(key, load, *arguments)
         except SampleError as error:
             self._failures.record(error.failure)
             raise
         self._failures.add(loaded.failures)
-        if loaded.failures and self._choice.by_keras and multiprocessing.parent_process() is not None:
-            for failure in loaded.failures:  # in a process of Keras's, from which `failures` reaches nobody
-                warn_user(f"keras_mp: left out or replaced: {failure.describe()}")
+        if self._choice.by_keras:
+            warn_of_left_out(loaded.failures)
         return loaded.batch
 
     # -- epochs --------------------------------------------------------------------------------------------------
@@ -277,7 +274,12 @@ class Bridge(keras.utils.PyDataset):
             if ended and self._prefetch.expected is None and not self._plan.is_endless:
                 self._prefetch.drop()
         if ended:
-            self._failures.warn(before)
+            self._say_what_came_of(before)
+
+    def _say_what_came_of(self, epoch: int | None) -> None:
+        """Warns of the failures of an epoch, which is over, and writes the timeline so far; None: of all epochs."""
+        self._failures.warn(epoch)
+        self._served_so_far.write_trace()
 
     def _take_share(self) -> None:
         self._stride, plan = auto_shard.share_of(self._plan, self._seed_is_drawn)
@@ -298,7 +300,7 @@ class Bridge(keras.utils.PyDataset):
             if self._runtime is None:
                 self._check_open()
                 self._served_so_far.start()
-                self._runtime = self._choice.start(self._loader)
+                self._runtime = self._choice.start(self._loader, self._served_so_far.recorder)
                 self._loader = self._runtime.loader
                 exits.close_at_exit(self)
             return self._runtime
@@ -321,7 +323,7 @@ class Bridge(keras.utils.PyDataset):
             self._prefetch.close()
         if runtime is not None:
             runtime.close()
-        self._failures.warn()
+        self._say_what_came_of(None)
 
     def __enter__(self) -> Self:
         return self
@@ -339,10 +341,9 @@ class Bridge(keras.utils.PyDataset):
         return part
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_choice": self._choice.without_pool()}
-        for name in ("_lock", "_runtime", "_prefetch", "_served_so_far"):
-            del state[name]
-        return state
+        left_out = ("_lock", "_runtime", "_prefetch", "_served_so_far")
+        state = {name: value for name, value in self.__dict__.items() if name not in left_out}
+        return {**state, "_choice": self._choice.without_pool()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from keras_mp import checks
 from keras_mp.bridge import Bridge
-from keras_mp.errors import SampleFailure
+from keras_mp.errors import SampleFailure, short_repr
 from keras_mp.loading.batch_loader import BatchLoader
 from keras_mp.loading.inspection import inspecting
 from keras_mp.plan.position import Position
@@ -16,6 +17,7 @@ from keras_mp.plan.progress import Progress
 from keras_mp.plan.state import check_version, dump_state, load_state
 from keras_mp.report.report import Report
 from keras_mp.stats import KERAS_POOL, HandedOut, Stats, Training
+from keras_mp.trace import MAX_EVENTS, Trace
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -217,8 +219,9 @@ class LoadedDataset(Bridge):
     def first_batch(self) -> Any:
         """The first batch of the current epoch, for a look at its structure."""
         with self._lock:
-            handle = self._running().engine.submit([self._position.plan.request(*self._position.look(0))])[0]
-        return self._served(self._running().engine.result, handle)
+            key = self._position.look(0)
+            (handle,) = self._running().engine.submit(list(self._requests(iter([key]))))
+        return self._served(key, self._running().engine.result, handle)
 
     @property
     def batch_axis(self) -> int | None:
@@ -289,3 +292,41 @@ class LoadedDataset(Bridge):
         super().close()
 
     close.__doc__ = Bridge.close.__doc__
+
+    def trace(self, path: str | os.PathLike[str] | None = None, *, max_events: int = MAX_EVENTS) -> Trace:
+        """Records from now on when each batch was made, by which worker and in which stages, and who waited for it.
+
+        The file is of Chrome's Trace Event format and opens in https://ui.perfetto.dev. It has a lane for each worker,
+        with a span for each batch, the stages of its samples within that, and the worker's start, death and timeout;
+        and a lane for whoever takes the batches. It is written, in place of the one before, at the end of each epoch,
+        when the dataset is closed, and by the result's `stop()` and `save()`; and at the end of
+        `with train.trace("trace.json"):`. Calling this again ends the recording before.
+
+        Batches that had been asked for before this call are in the consumer's lane only.
+
+        Args:
+            path: of the file. None: write none, say for `keras_mp.plot_timeline`.
+            max_events: how many events are kept, the last ones: a batch of 32 samples with a transform makes about a
+                hundred.
+
+        Raises:
+            OSError: there can be no such file.
+            PoolClosed: the dataset has been closed.
+            TypeError, ValueError: an argument is of the wrong kind; or the workers are of Keras's pool, which tells
+                nothing.
+        """
+        self._check_open()
+        if self._choice.by_keras:
+            raise ValueError(
+                "trace() records what the workers report, and those of pool='keras' report nothing; leave out pool="
+            )
+        if self.timeline is not None:
+            self.timeline.stop()
+        served = self._served_so_far
+        served.trace = Trace(served.recorder, path, short_repr(self, 200), max_events)
+        return served.trace
+
+    @property
+    def timeline(self) -> Trace | None:
+        """The last recording, for `keras_mp.plot_timeline`."""
+        return self._served_so_far.trace

@@ -9,7 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 from keras_mp.loading.base import Loaded
+from keras_mp.loading.recording import Recorder
 from keras_mp.loading.timing import STAGES, SlowSample, WorkTotals
+from keras_mp.plan.request import Request
+from keras_mp.trace import Trace
 
 KERAS_POOL = "Keras's pool"  # the engine's name where Keras runs it, in processes whose numbers do not come back
 
@@ -210,9 +213,13 @@ class ServedSoFar:
         first_wait_s, used_s, steps, wait_is_of_training: see `Stats`.
         training: what `PipelineMonitor` has measured last.
         handed_out: when batches of passes and exports were.
+        recorder: gets what happens when, where there is a timeline of it.
+        trace: that timeline, the last one.
     """
 
     def __init__(self) -> None:
+        self.recorder = Recorder()
+        self.trace: Trace | None = None
         self.batches = 0
         self.wait_s = self.first_wait_s = self.used_s = 0.0
         self.steps = 0
@@ -241,22 +248,37 @@ class ServedSoFar:
         """The dataset is closed: `stats`, its last numbers, are those of now from now on."""
         self._final = dataclasses.replace(stats, queued=0, running=0, slots=0, slot_bytes=0)
 
-    def serve(self, load: Callable[..., Loaded], *arguments: Any) -> Loaded:
-        """Calls `load`, which waits for a batch."""
+    def mark(self, request: Request) -> Request:
+        """The request as it is to be asked for: with a timeline, if there is one."""
+        return request if self.recorder.recording is None else request._replace(traced=True)
+
+    def serve(self, key: tuple[int, int], load: Callable[..., Loaded], *arguments: Any) -> Loaded:
+        """Calls `load`, which waits for the batch of that epoch and number."""
         began = time.monotonic()
         if self._taken_at is not None:
             self.used_s += began - self._taken_at
             self.steps += 1
             self._taken_at = None
-        loaded = load(*arguments)
+        try:
+            loaded = load(*arguments)
+        except Exception as error:
+            self.recorder.add_wait(*key, began, type(error).__name__)
+            raise
         self._taken_at = time.monotonic()
         self.wait_s += self._taken_at - began
         self.batches += 1
         if self.batches == 1:
             self.first_wait_s = self.wait_s
+        self.recorder.add_wait(*key, began)
         if loaded.work is not None:
             self._work.add(loaded.work, loaded.nbytes or 0)
+            self.recorder.add(loaded.work.events)
         return loaded
+
+    def write_trace(self) -> None:
+        """Writes what there is of the timeline to its file; that fails with a warning."""
+        if self.trace is not None:
+            self.trace.update()
 
     def stats(self, engine: dict[str, Any], **numbers: Any) -> Stats:
         """The numbers of now.

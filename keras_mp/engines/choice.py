@@ -17,6 +17,7 @@ from keras_mp.engines.readahead import NONE_AHEAD, Limit
 from keras_mp.engines.threads import ThreadsEngine
 from keras_mp.errors import short_repr
 from keras_mp.loading.base import Loader
+from keras_mp.loading.recording import Recorder
 from keras_mp.plan.views import replace_arrays
 
 _LEAST_IN_FLIGHT = 10
@@ -156,8 +157,8 @@ class EngineChoice:
         """The same, with another `timeout`, if one is given."""
         return self if timeout is None else dataclasses.replace(self, timeout_s=check_timeout(timeout))
 
-    def start(self, loader: Loader) -> Running:
-        """Makes the engine."""
+    def start(self, loader: Loader, recorder: Recorder | None = None) -> Running:
+        """Makes the engine. What happens to its workers goes to `recorder`; of batches, it comes with them."""
         if isinstance(self.pool, concurrent.futures.Executor):
             return Running(ExecutorEngine(self.pool, loader), loader)
         if self.is_inline:
@@ -168,7 +169,7 @@ class EngineChoice:
             pool = WorkerPool(self.workers)
         else:
             pool = self.pool if isinstance(self.pool, WorkerPool) else shared_pool(self.workers)
-        engine = pool.client(loader, self.timeout_s, tuned=self.is_auto)
+        engine = pool.client(loader, self.timeout_s, recorder, tuned=self.is_auto)
         shared = replace_arrays(loader.source, engine.shared_view)
         if shared is not loader.source:
             loader = copy.copy(loader)

@@ -20,17 +20,17 @@ from keras_mp.loading.timing import StageTimes
 from keras_mp.plan.request import Request
 
 
-def load_in_process(loader: Loader, request: Request, traced: bool = False) -> Loaded:
+def load_in_process(loader: Loader, request: Request) -> Loaded:
     """Loads a batch in this thread, while no other thread loads, and leaves the random generators as they were."""
     if not loader.runs_user_code:
-        return load_timed(loader, request, None, traced)
+        return load_timed(loader, request, None)
     with loader.generators.restored():
-        return owned(load_timed(loader, request, loader.generators.seed, traced), loader)[0]
+        return owned(load_timed(loader, request, loader.generators.seed), loader)[0]
 
 
-def load_timed(loader: Loader, request: Request, seed: Seeder | None, traced: bool = False) -> Loaded:
+def load_timed(loader: Loader, request: Request, seed: Seeder | None) -> Loaded:
     """Loads a batch, and says what it took."""
-    times = StageTimes(loader.slowest, traced)
+    times = StageTimes(loader.slowest, request.traced)
     loaded = loader.load(request, ignore_position, seed, times)
     return loaded._replace(work=times.result(), nbytes=_nbytes(loaded.batch))
 

@@ -14,7 +14,8 @@ class Request(NamedTuple):
     `repeats` says, for an order in which samples come more than once, how often each came before in the epoch.
     `substitutes` are samples of the epoch that may be served where all of these fail; None: any of the source. `failed`
     gives the positions of samples that are known to have failed, say because they ended their workers: they are not
-    read again. (Positions behind those of `samples` are those of substitutes, see `SampleLoader.index_at`.)
+    read again. (Positions behind those of `samples` are those of substitutes, see `SampleLoader.index_at`.) `traced`
+    asks for what happened when, for a timeline.
     """
 
     epoch: int
@@ -23,3 +24,4 @@ class Request(NamedTuple):
     repeats: Sequence[int] = ()
     substitutes: Sequence[int] | None = None
     failed: tuple[tuple[int, SampleFailure], ...] = ()
+    traced: bool = False

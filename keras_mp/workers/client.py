@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from keras_mp.errors import KerasMPError
 from keras_mp.loading.base import Loaded, Loader
+from keras_mp.loading.recording import Recorder
 from keras_mp.memory import files, pickling
 from keras_mp.memory.segment import Segment
 from keras_mp.plan.request import Request
@@ -38,15 +39,23 @@ class PoolClient:
         loader: what its workers load batches with.
         timeout_s: seconds that a batch may take in a worker; None: any time.
         pool: whatever must live as long as somebody may ask for a batch.
+        recorder: gets what happens when, for a timeline.
 
     Raises:
         KerasMPError: the loader cannot be pickled, or there is no shared memory for it.
     """
 
-    def __init__(self, dispatcher: Dispatcher, loader: Loader, timeout_s: float | None, pool: object) -> None:
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        loader: Loader,
+        timeout_s: float | None,
+        pool: object,
+        recorder: Recorder | None = None,
+    ) -> None:
         self._dispatcher = dispatcher
         self._pool: object | None = pool
-        self._shared = SharedLoader(SampleNames(loader), timeout_s)
+        self._shared = SharedLoader(SampleNames(loader), timeout_s, recorder)
         self._message: SetLoader | None = None
         self._small: Segment | None = None
         self._large: Segment | None = None

@@ -113,7 +113,7 @@ class Worker:
             return Reply(run.number, [_refused(error, run.slot_size)], run.slot_size)
         except BaseException as error:
             return Reply(run.number, [failed_batch(error)], run.slot_size)
-        times = StageTimes(self._slowest.setdefault(run.loader, SlowestSamples()), run.traced)
+        times = StageTimes(self._slowest.setdefault(run.loader, SlowestSamples()), requests[0].traced)
         for request in requests:
             begun = time.perf_counter()
             if batches and begun - started > _LONGEST_RUN_S:

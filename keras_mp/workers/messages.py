@@ -69,7 +69,7 @@ class Run(NamedTuple):
     """A request for batches, to be built in one slot.
 
     `requests` may be the length of their pickle, which is then at the start of the slot. A slot the worker has not seen
-    yet comes as a descriptor. `traced` asks for every span of time.
+    yet comes as a descriptor.
     """
 
     number: int
@@ -77,7 +77,6 @@ class Run(NamedTuple):
     slot: int
     slot_size: int
     requests: list[Request] | int
-    traced: bool = False
 
 
 class Forget(NamedTuple):
