@@ -51,7 +51,7 @@ def advise(stats: Stats, training: Training | None, cores: int) -> list[str]:
     if stats.loaded_batches == 0:
         return ["Nothing has been loaded yet: train on the dataset or iterate over it, then ask again."]
     load = Load.of(stats, training, cores)
-    sentences = [*_about_waiting(stats, load), *_about_faults(stats)]
+    sentences = [*_about_waiting(stats, load), *_about_starts(load), *_about_faults(stats)]
     if stats.batches < _FEW_BATCHES:
         sentences.append(f"These are the numbers of {count(stats.batches, 'batch', 'batches')}: too few to rely on.")
     return sentences
@@ -156,6 +156,16 @@ def _what_would_help(stats: Stats, load: Load) -> str:
 
 def _training_share(load: Load) -> str:
     return f"{load.process_cpu_s / max(load.cycle_s, 1e-6):.1f} of them by the training itself"
+
+
+def _about_starts(load: Load) -> list[str]:
+    if load.first_waited < HARDLY_WAITS or (not load.workers and load.waited >= HARDLY_WAITS):
+        return []
+    return [
+        f"{load.first_waited:.0%} of the time passed before the first batch of a pass was there "
+        f"({seconds(load.first_wait_s)} each time): workers start, and nothing has been read ahead. Longer epochs make "
+        "it matter less, and to_tf_dataset(epochs=...) reads ahead from one to the next."
+    ]
 
 
 def _about_work(stats: Stats, load: Load) -> list[str]:

@@ -36,7 +36,10 @@ class Load:
         cores: that may be used.
         busy: share of their time that workers were at batches, from 0 to 1.
         starting: share of that time for which a worker, on average, was not there yet, from 0 to 1.
-        waited: share of its time that who took batches waited, from 0 to 1.
+        waited: share of its time that who took batches waited, from 0 to 1; without what came before the first batch of
+            a pass, except in what `PipelineMonitor` measured.
+        first_wait_s: that came before the first batch of a pass, on average.
+        first_waited: share of the time, all included, that this took.
         of_fit: whether `PipelineMonitor` measured it.
     """
 
@@ -51,6 +54,8 @@ class Load:
     busy: float
     starting: float
     waited: float
+    first_wait_s: float
+    first_waited: float
     of_fit: bool
 
     @classmethod
@@ -84,6 +89,8 @@ class Load:
             busy=busy,
             starting=_starting(numbers),
             waited=waited,
+            first_wait_s=numbers.first_wait_s / max(1, numbers.batches - numbers.steps),
+            first_waited=numbers.first_wait_s / max(numbers.wait_s + numbers.used_s, 1e-6),
             of_fit=measured,
         )
 
