@@ -63,6 +63,8 @@ def _about_waiting(stats: Stats, load: Load) -> list[str]:
         return _about_tensorflow(stats, load)
     if load.waited < HARDLY_WAITS:
         return [_hardly(who, load)]
+    if load.late < HARDLY_WAITS:
+        return [f"{capital(who)} waited {load.waited:.0%} of the time for data, and hardly but for the first batch."]
     waited = f"{capital(who)} waited {load.waited:.0%} of the time for data"
     return [f"{waited}; {_what_would_help(stats, load)}", *_about_work(stats, load)]
 
@@ -123,7 +125,8 @@ def _what_would_help(stats: Stats, load: Load) -> str:
     if load.busy < _BUSY:
         return (
             f"{busy}, so more of them would not help: handing over batches is the limit, or single slow batches. "
-            "Larger batches, a larger max_queue_size=, and on TensorFlow fit(dataset.to_tf_dataset()) can help."
+            "Larger batches, a larger max_queue_size=, and on TensorFlow fit(dataset.to_tf_dataset()), which does not "
+            "stand still between epochs, can help."
         )
     if needed <= load.workers:
         return (
@@ -159,12 +162,12 @@ def _training_share(load: Load) -> str:
 
 
 def _about_starts(load: Load) -> list[str]:
-    if load.first_waited < HARDLY_WAITS or (not load.workers and load.waited >= HARDLY_WAITS):
+    if load.first_waited < HARDLY_WAITS or (not load.workers and load.late >= HARDLY_WAITS):
         return []
     return [
         f"{load.first_waited:.0%} of the time passed before the first batch of a pass was there "
         f"({seconds(load.first_wait_s)} each time): workers start, and nothing has been read ahead. Longer epochs make "
-        "it matter less, and to_tf_dataset(epochs=...) reads ahead from one to the next."
+        "it matter less, and on TensorFlow to_tf_dataset(epochs=...) reads ahead from one to the next."
     ]
 
 

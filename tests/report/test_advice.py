@@ -109,6 +109,15 @@ def test_what_passes_before_the_first_batch_is_told_apart() -> None:
     assert "before the first batch" not in _advice(_stats(wait_s=0.3, first_wait_s=0.2))
 
 
+def test_what_fit_waited_for_the_first_batch_needs_no_more_workers() -> None:
+    of_epoch = _stats(workers=5, wait_s=1.0, first_wait_s=0.9, elapsed_s=5.0, pool_busy_s=15.0, pool_ready_s=25.0)
+    advice = _advice(of_epoch, Training(0, 100, 5.0, 1.0, 0.04, of_epoch))
+    assert advice.startswith(
+        "fit waited 20% of the time for data, and hardly but for the first batch.\n18% of the time"
+    )
+    assert "more of them would not help" not in advice
+
+
 def test_workers_that_keep_up_on_average_are_late_with_slow_batches() -> None:
     advice = _advice(_stats(workers=5, wait_s=0.6, work_s=16.0, pool_busy_s=16.0, pool_ready_s=20.0))
     assert "it is slow batches that are waited for: a larger max_queue_size=" in advice
