@@ -17,7 +17,7 @@ import numpy as np
 
 from keras_mp.checks import check_count, usable_cores
 from keras_mp.errors import KerasMPError
-from keras_mp.loading.collate import with_tuples
+from keras_mp.loading.collate import holds_strings, with_tuples
 from keras_mp.plan.batching import ENDLESS
 
 try:
@@ -69,6 +69,8 @@ class _Spec:
                 f"{spec.dtype.name}, received shape {array.shape} and dtype {array.dtype}; make all batches alike, or "
                 "pass element_spec= with None for the axes that vary"
             )
+        if array.dtype.kind == "U":
+            array = array.astype(object)  # TensorFlow encodes objects by UTF-8, but these by ASCII
         if not array.dtype.isnative:
             array = array.astype(array.dtype.newbyteorder("="))
         return array
@@ -170,6 +172,12 @@ def export(dataset: Exported, epochs: int, prefetch: int | None, element_spec: A
     options.threading.private_threadpool_size = usable_cores() + 1
     options.autotune.enabled = False
     return streamed.with_options(options)
+
+
+def with_string_tensors(batch: Any) -> Any:
+    """The batch with arrays of strings made tensors: Keras takes no others for strings."""
+    leaves = [leaf for _, leaf in _walk(batch) if leaf is not None]
+    return _fill(batch, iter([tf.constant(leaf, tf.string) if holds_strings(leaf) else leaf for leaf in leaves]))
 
 
 def _together(batch: Any) -> int:

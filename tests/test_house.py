@@ -11,9 +11,13 @@ import pytest
 _PACKAGE = Path(__file__).parents[1] / "keras_mp"
 # From the top down; those on one line know nothing of each other.
 _FLOORS = [
+    {"__main__"},
+    {"cli"},
+    {"commands", "directories"},
     {"dataset", "callbacks", "monitor"},
     {"loaded"},
     {"bridge", "report"},
+    {"tensors"},
     {"tfdata", "callers", "auto_shard", "exits", "stats"},
     {"engines"},
     {"workers"},
