@@ -5,8 +5,6 @@ from __future__ import annotations
 import html.parser
 import os
 import re
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +17,6 @@ import rich.console
 import keras_mp
 from keras_mp.loading.timing import SlowSample
 from keras_mp.stats import StageStats, Stats, Training
-from tests.support import python_path
 
 _VOID = {"meta", "br", "img", "link", "hr", "input"}
 
@@ -227,24 +224,3 @@ def test_it_prints_tables_and_what_the_monitor_measured() -> None:
 def test_a_wrong_path_is_refused(path: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         _report().save(path)
-
-
-def test_the_guide_runs(tmp_path: Path) -> None:
-    guide = Path(__file__).parents[2] / "docs" / "bottleneck.md"
-    blocks = re.findall(r"^```python\n(.*?)^```", guide.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    assert len(blocks) >= 3
-    script = tmp_path / "guide.py"
-    script.write_text("\n".join(blocks), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, script],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": python_path()},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "workers would keep up" in done.stdout
-    _checked((tmp_path / "report.html").read_text(encoding="utf-8"))
