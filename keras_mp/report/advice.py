@@ -133,7 +133,7 @@ def _what_would_help(stats: Stats, load: Load) -> str:
             f"{busy}. On average they keep up ({times}), so it is slow batches that are waited for: a larger "
             "max_queue_size= evens them out, a worker more leaves room for them."
         )
-    if load.cores_are_full or (useful is not None and load.workers >= useful):
+    if useful is not None and load.workers >= useful:
         threads = (
             " Threads share one interpreter, and processes (use_multiprocessing=True) do not."
             if stats.engine == "threads"
