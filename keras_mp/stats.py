@@ -79,7 +79,7 @@ class Stats:
         failures: samples that failed.
         retries: how often a failing sample was tried again.
         wait_s: how long whoever took batches waited for them, in seconds.
-        first_wait_s: of this, for the very first batch, which workers had to start for.
+        first_wait_s: of this, for the first batch of each pass or iteration, for which little or nothing was ready.
         used_s, steps: how long whoever took batches was busy with them, from taking one to asking for the next, and how
             many such times that is the sum of; what passes between two epochs is none.
         wait_is_of_training: whether that is the training itself, or a loop. In `fit` on TensorFlow, and in an export,
@@ -153,9 +153,8 @@ class Stats:
 
     @property
     def batch_wait_s(self) -> float:
-        """Seconds that whoever took a batch waited for it, on average, but for the very first one."""
-        batches = self.batches - (self.first_wait_s > 0)
-        return max(0.0, self.wait_s - self.first_wait_s) / batches if batches > 0 else 0.0
+        """Seconds that whoever took a batch waited for it, on average, the first ones of passes left out."""
+        return max(0.0, self.wait_s - self.first_wait_s) / self.steps if self.steps else 0.0
 
     def __getitem__(self, name: str) -> Any:
         if name not in _FIELDS:
@@ -254,21 +253,20 @@ class ServedSoFar:
 
     def serve(self, key: tuple[int, int], load: Callable[..., Loaded], *arguments: Any) -> Loaded:
         """Calls `load`, which waits for the batch of that epoch and number."""
-        began = time.monotonic()
-        if self._taken_at is not None:
-            self.used_s += began - self._taken_at
+        began, before, self._taken_at = time.monotonic(), self._taken_at, None
+        if before is not None:
+            self.used_s += began - before
             self.steps += 1
-            self._taken_at = None
         try:
             loaded = load(*arguments)
         except Exception as error:
             self.recorder.add_wait(*key, began, type(error).__name__)
             raise
-        self._taken_at = time.monotonic()
-        self.wait_s += self._taken_at - began
+        self._taken_at = now = time.monotonic()
+        self.wait_s += now - began
         self.batches += 1
-        if self.batches == 1:
-            self.first_wait_s = self.wait_s
+        if before is None:
+            self.first_wait_s += now - began
         self.recorder.add_wait(*key, began)
         if loaded.work is not None:
             self._work.add(loaded.work, loaded.nbytes or 0)

@@ -21,6 +21,7 @@ import keras_mp
 from keras_mp.loading.recording import CONSUMER, Event, Recorder, Recording
 from keras_mp.trace import Trace
 from tests import traced
+from tests.census import eventually
 
 _ENGINES = ("processes", "threads", "in-process")
 
@@ -145,6 +146,20 @@ def test_a_worker_that_is_killed_and_the_one_after_it_are_marked(tmp_path: pathl
     assert marks["worker restarted"]["tid"] != marks["worker died"]["tid"]
     assert [each["name"] for each in _of(events, "worker") if each["name"] == "start"] == ["start", "start"]
     assert {each["args"]["batch"] for each in _of(events, "batch")} == set(range(40))
+
+
+def test_a_worker_that_is_let_go_has_not_died(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "trace.json"
+    with keras_mp.WorkerPool(2) as pool, _dataset(pool=pool, batch_size=2) as dataset:
+        with dataset.trace(path) as trace:
+            list(dataset)
+            assert eventually(lambda: len(dataset.stats().pids) == 2)
+            _, second = dataset.stats().pids
+            pool.resize(1)
+            assert eventually(lambda: any(event.name == "worker let go" for _, lane in trace.lanes() for event in lane))
+    (mark,) = (each for each in _of(_checked(path), "worker", "i") if each["name"] != "worker started")
+    assert mark["name"] == "worker let go"
+    assert str(second) in mark["args"]["text"]
 
 
 def test_a_timeout_is_marked_and_what_was_lost_with_it_is_shown(tmp_path: pathlib.Path) -> None:
