@@ -101,12 +101,12 @@ def test_the_same_batches_wherever_they_are_loaded(photos: Path, running_pool: k
             pytest.warns(RuntimeWarning, match="2 of 12"),
             keras_mp.image_dataset_from_directory(photos, batch_size=5, **options, **where) as dataset,
         ):
-            epochs.append([list(dataset), list(dataset)])
+            epochs.append([*dataset, *dataset])
     for epoch in epochs[1:]:
-        for batch, other in zip(sum(epoch, []), sum(epochs[0], []), strict=True):
+        for batch, other in zip(epoch, epochs[0], strict=True):
             for leaf, expected in zip(batch, other, strict=True):
                 np.testing.assert_array_equal(leaf, expected)
-    images, labels, weights = epochs[0][0][0]
+    images, labels, weights = epochs[0][0]
     assert images.max() <= 1
     assert labels.dtype == np.int32
     assert (weights == 2).all()
@@ -205,7 +205,7 @@ def test_a_transform_makes_numbers_of_texts(texts: Path) -> None:
 
 @pytest.mark.parametrize("strings", [["a", "\u00fc"], [b"a", b"\xff\0"], [np.array(["x", "yy"]), np.array(["z", ""])]])
 def test_strings_of_any_dataset_are_string_tensors_for_keras(strings: list[Any]) -> None:
-    class Count(keras.layers.Layer):  # type: ignore[misc]
+    class Count(keras.layers.Layer):
         def call(self, x: Any) -> Any:
             lengths = tf.strings.length(x)
             return tf.cast(tf.reshape(lengths, (tf.shape(x)[0], -1))[:, :1], tf.float32)
