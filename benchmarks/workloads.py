@@ -115,8 +115,8 @@ def _scale(workers: int) -> Workload:
 
 _ALL = (
     Workload("satellite", "Sentinel-2 tiles, real files", _satellite, (64, 8), (1, 1), _TRAINING),
-    Workload("folder", "JPEGs of 500x375 to 256x256", _photographs, (48, 8), (2, 1), _FOLDER),
-    Workload("folder-python", "the same, 5 ms of Python an image", _augmented_photographs, (48, 8), (1, 1), _FOLDER),
+    Workload("folder", "JPEGs of 500x375 to 256x256", _photographs, (24, 8), (2, 1), _FOLDER),
+    Workload("folder-python", "the same, 5 ms of Python an image", _augmented_photographs, (12, 6), (2, 1), _FOLDER),
     Workload("python", "about 45 ms of pure Python a batch", lambda n: Spin(n, _SPIN_45_MS), (240, 24), (1, 2)),
     Workload("big", "64x224x224x3 float32, 38.5 MB", lambda n: Fill(n, (64, 224, 224, 3)), (32, 16)),
     Workload(

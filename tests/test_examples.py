@@ -57,6 +57,18 @@ def test_existing_pydataset_trains_the_same_with_workers() -> None:
     assert "equal: True" in output
 
 
+def test_a_truncated_jpeg_is_left_out_and_named() -> None:
+    output = _run("image_folder.py", "--epochs", "4", "--workers", "2")
+    assert "Found 225 files belonging to 2 classes." in output
+    assert "Epoch 4/4" in output
+    truncated = re.search(r"^truncated: (.*)$", output, re.MULTILINE)
+    left_out = re.findall(r"^left out:  \('\./(.*?)'.*$", output, re.MULTILINE)
+    assert truncated is not None
+    assert left_out == [truncated[1]]
+    accuracies = [float(number) for number in re.findall(r"val_accuracy: ([\d.]+)", output)]
+    assert max(accuracies) > 0.8  # the larger class is about half
+
+
 @pytest.mark.timeout(300)
 def test_satellite_reports_truncated_tiles_and_compares_four_loaders() -> None:
     arguments = ["--tiles", "64", "--epochs", "4", "--size", "32", "--truncated", "3", "--workers", "2"]
