@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     from keras_mp.errors import *  # noqa: F403  # it says itself what is public
     from keras_mp.loading.collate import empty as empty
     from keras_mp.monitor import PipelineMonitor as PipelineMonitor
+    from keras_mp.plan.buckets import Buckets as Buckets
+    from keras_mp.plan.orders import balanced as balanced
+    from keras_mp.plan.orders import weighted as weighted
+    from keras_mp.plan.views import concat as concat
+    from keras_mp.plan.views import split as split
+    from keras_mp.plan.views import windows as windows
+    from keras_mp.plan.views import zip as zip
+    from keras_mp.report.report import Report as Report
     from keras_mp.stats import Stats as Stats
 
 __version__ = "0.1.0"
@@ -36,7 +44,11 @@ _MODULES = {
     "engines.processes": ["WorkerPool"],
     "loading.collate": ["empty"],
     "monitor": ["PipelineMonitor"],
+    "report.report": ["Report"],
     "stats": ["Stats"],
+    "plan.buckets": ["Buckets"],
+    "plan.orders": ["balanced", "weighted"],
+    "plan.views": ["concat", "split", "windows", "zip"],
     "errors": [
         "BatchTimeout",
         "KerasMPError",
@@ -49,7 +61,7 @@ _MODULES = {
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
-__all__ = [*_MODULE_OF]
+__all__ = sorted(_MODULE_OF.keys() - {"zip"})  # `from keras_mp import *` leaves Python's own `zip` alone
 
 
 def __getattr__(name: str) -> Any:

@@ -53,6 +53,7 @@ class FuturesEngine:
     """Base of these engines. One of them gives `start`, `update` and `stats`."""
 
     bundle_size = 1
+    batch_bytes: int | None = None
 
     def __init__(self) -> None:
         self._isolation = ThreadIsolation()
@@ -83,7 +84,9 @@ class FuturesEngine:
         try:
             if not handle.done():
                 self.check_open()
-            return handle.result()
+            result = handle.result()
+            self.batch_bytes = getattr(result, "nbytes", None) or self.batch_bytes
+            return result
         except CancelledError as error:
             raise PoolClosed(f"{handle.name} was asked for, but is not wanted any more") from error
         finally:

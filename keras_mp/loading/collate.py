@@ -141,6 +141,16 @@ def spec_of(sample: Any) -> Any:
     return leaf.shape, leaf.dtype.kind if leaf.dtype.kind in "USO" else ""
 
 
+def leaves_of(nest: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """The leaves of a sample or a batch as they are, with their paths: `path`, and keys behind it."""
+    parts = _parts(nest)
+    if parts is None:
+        yield path, nest
+        return
+    for key, part in parts.items():
+        yield from leaves_of(part, f"{path}[{key!r}]")
+
+
 def copied(sample: Any) -> Any:
     """`sample` with arrays and containers of its own. Arrays in a mapped file come read-only, and not copied."""
     if isinstance(sample, np.ndarray):

@@ -36,7 +36,7 @@ def resample(samples: npt.NDArray[np.float32], rate: int, new_rate: int) -> npt.
         raise ValueError(f"audio with a rate of {rate} samples a second cannot be resampled")
     divisor = math.gcd(rate, new_rate)
     old, new = rate // divisor, new_rate // divisor
-    if old == new:
+    if old == new or not len(samples):
         return samples
     if new * old > _MAX_WEIGHTS:
         raise ValueError(

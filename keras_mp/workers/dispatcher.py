@@ -139,6 +139,12 @@ class Dispatcher:
         elif wait and thread is not threading.current_thread():
             thread.join(_JOIN_TIMEOUT_S)
 
+    def resize(self, count: int) -> None:
+        """Has `count` workers from now on; those that are too many end when they have answered."""
+        with self.lock:
+            self.workers.count = count
+            self.workers.wake()
+
     def describe(self) -> dict[str, Any]:
         """Numbers for `stats()`."""
         with self.lock:
@@ -187,6 +193,7 @@ class Dispatcher:
                         gone = self.workers.look_around(self._loaders)
                         for handle in self.workers.ended():
                             self._settle(handle)
+                        self.workers.shrink()
                         self._queue.hand_out()
                     now = time.monotonic()
                     if self._queue or any(not handle.is_idle for handle in self.workers.handles):
@@ -264,6 +271,8 @@ class Dispatcher:
         """Puts back what a worker was doing that has ended, or that cannot be made to."""
         said = handle.process.captured_stderr()
         end = handle.settle()
+        if handle.is_surplus:
+            return
         if not handle.process.ready:
             # While another is ending, too, its failure would be that of jobs which come after this answer.
             if self._starts.add_failure(end) and not self.workers.handles and not self.workers.are_ending:
