@@ -85,7 +85,8 @@ class FuturesEngine:
             if not handle.done():
                 self.check_open()
             result = handle.result()
-            self.batch_bytes = getattr(result, "nbytes", None) or self.batch_bytes
+            if (nbytes := getattr(result, "nbytes", None)) is not None:
+                self.batch_bytes = nbytes
             return result
         except CancelledError as error:
             raise PoolClosed(f"{handle.name} was asked for, but is not wanted any more") from error

@@ -63,9 +63,10 @@ class Prefetch:
         return self._pass.take()
 
     def top_up(self) -> None:
-        """Requests more for the pass, if it is now known how large its batches are."""
-        if self._pass is not None:
-            self._pass.top_up()
+        """Requests more, if it is now known how large the batches are."""
+        for ahead in (self._pass, self._looks):
+            if ahead is not None:
+                ahead.top_up()
 
     def look(self, engine: Engine, index: int, step: int, key: BatchKey, requests: Iterator[Request]) -> Any:
         """The handle of a batch outside of a pass; who looks at one after the other is read ahead.

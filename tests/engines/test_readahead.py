@@ -60,7 +60,7 @@ class _Engine:
 
 
 def _limit(batches: int) -> Limit:
-    return Limit(batches, batches, 1)
+    return Limit(batches, batches, 1 << 30)
 
 
 def _requests(*batches: int) -> Iterator[Request]:
