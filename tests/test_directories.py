@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,12 +101,12 @@ def test_the_same_batches_wherever_they_are_loaded(photos: Path, running_pool: k
             pytest.warns(RuntimeWarning, match="2 of 12"),
             keras_mp.image_dataset_from_directory(photos, batch_size=5, **options, **where) as dataset,
         ):
-            epochs.append([list(dataset), list(dataset)])
+            epochs.append([*dataset, *dataset])
     for epoch in epochs[1:]:
-        for batch, other in zip(itertools.chain(*epoch), itertools.chain(*epochs[0]), strict=True):
+        for batch, other in zip(epoch, epochs[0], strict=True):
             for leaf, expected in zip(batch, other, strict=True):
                 np.testing.assert_array_equal(leaf, expected)
-    images, labels, weights = epochs[0][0][0]
+    images, labels, weights = epochs[0][0]
     assert images.max() <= 1
     assert labels.dtype == np.int32
     assert (weights == 2).all()
