@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from keras_mp.engines.processes import WorkerPool as WorkerPool
     from keras_mp.errors import *  # noqa: F403  # it says itself what is public
     from keras_mp.loading.collate import empty as empty
+    from keras_mp.loading.pad import pad as pad
     from keras_mp.monitor import PipelineMonitor as PipelineMonitor
     from keras_mp.plan.buckets import Buckets as Buckets
     from keras_mp.plan.orders import balanced as balanced
@@ -32,6 +33,7 @@ _MODULES = {
     "dataset": ["PoolDataset", "parallelize"],
     "engines.processes": ["WorkerPool"],
     "loading.collate": ["empty"],
+    "loading.pad": ["pad"],
     "monitor": ["PipelineMonitor"],
     "stats": ["Stats"],
     "plan.buckets": ["Buckets"],

@@ -11,6 +11,7 @@ Which batch a number stands for, and which epoch it is, is decided in `position`
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import multiprocessing
 import operator
@@ -22,7 +23,7 @@ from typing import Any, Self
 import keras
 
 from keras_mp import auto_shard, exits
-from keras_mp.callers import current_call, is_keras, warn_of_keras_pool
+from keras_mp.callers import current_call, fixes_shapes, is_keras, warn_of_keras_pool
 from keras_mp.engines.choice import EngineChoice, Running
 from keras_mp.engines.prefetch import Prefetch
 from keras_mp.engines.readahead import NONE_AHEAD
@@ -30,6 +31,7 @@ from keras_mp.errors import PoolClosed, SampleError, warn_user
 from keras_mp.loading.base import Loaded, Loader
 from keras_mp.loading.collate import with_tuples
 from keras_mp.loading.failures import FailureLog
+from keras_mp.looks import Looks
 from keras_mp.plan.batching import Batching
 from keras_mp.plan.iteration import Iteration
 from keras_mp.plan.passes import Asked
@@ -85,6 +87,7 @@ class Bridge(keras.utils.PyDataset):
         self._served_so_far = ServedSoFar()
         self._runtime: Running | None = None
         self._prefetch = Prefetch(NONE_AHEAD if self._choice.is_inline else self._choice.limit)
+        self._looks = Looks()
         self._hook_is_due = False
 
     # -- batches -------------------------------------------------------------------------------------------------
@@ -128,20 +131,19 @@ class Bridge(keras.utils.PyDataset):
         """
         index = operator.index(index)
         by_keras = is_keras(sys._getframe(1), self)
-        with self._lock:
-            engine = self._running().engine
-            asked, handle = self._ask(index, by_keras)
         on_tensorflow = by_keras and keras.backend.backend() == "tensorflow"
+        with self._lock:
+            asked, load = self._ask(index, by_keras, on_tensorflow and fixes_shapes(index))
         self._served_so_far.wait_is_of_training = not on_tensorflow
-        batch = self._served(engine.result, handle)
+        batch = self._served(load)
         if asked is not None:
             with self._lock:
                 self._position.hand_out(asked)
                 self._served_so_far.handed_out.add(asked.run is not None)
         return with_tuples(batch) if on_tensorflow else batch
 
-    def _ask(self, index: int, by_keras: bool) -> tuple[Asked | None, Any]:
-        """What `dataset[index]` is, and the engine's handle of it."""
+    def _ask(self, index: int, by_keras: bool, fixes_shapes: bool) -> tuple[Asked | None, Callable[[], Loaded]]:
+        """What `dataset[index]` is, and what waits for it."""
         if self._plan.is_endless:
             keys = zip(itertools.repeat(self._position.epoch), itertools.count(index + self._stride, self._stride))
             return None, self._look(index, (self._position.epoch, index), keys)
@@ -151,20 +153,28 @@ class Bridge(keras.utils.PyDataset):
         if self._position.epoch != epoch:
             self._failures.warn(epoch)
         if (run := asked.run) is None:
-            return asked, self._look(index, asked.key, map(self._position.look, range(index + 1, len(self))))
+            rest = map(self._position.look, range(index + 1, len(self)))
+            fixes_shapes &= self._position.num_batches * self._stride > 1
+            return asked, self._look(index, asked.key, rest, fixes_shapes)
+        engine = self._running().engine
         if asked.is_first:
             if self._prefetch.expected != run.base:
-                rest = itertools.chain([asked.key], self._position.rest(run))
-                self._prefetch.follow(self._running().engine, self._requests(rest))
+                whole = itertools.chain([asked.key], self._position.rest(run))
+                self._prefetch.follow(engine, self._requests(whole))
             self._prefetch.expected = None
         if asked.is_next:
-            return asked, self._prefetch.next()
-        (handle,) = self._running().engine.submit([self._position.plan.request(*asked.key)])
-        return asked, handle
+            return asked, functools.partial(engine.result, self._prefetch.next())
+        (handle,) = engine.submit([self._position.plan.request(*asked.key)])
+        return asked, functools.partial(engine.result, handle)
 
-    def _look(self, index: int, key: BatchKey, keys: Iterator[BatchKey]) -> Any:
-        requests = self._requests(itertools.chain([key], keys))
-        return self._prefetch.look(self._running().engine, index, self._stride, key, requests)
+    def _look(
+        self, index: int, key: BatchKey, keys: Iterator[BatchKey], for_shapes: bool = False
+    ) -> Callable[[], Loaded]:
+        engine, requests = self._running().engine, self._requests(itertools.chain([key], keys))
+        take = functools.partial(self._prefetch.look, engine, index, self._stride, key, requests)
+        if fixes_shapes:
+            return self._looks.look(engine, self._loader, index, self._position.plan.request(*key), take)
+        return functools.partial(engine.result, take())
 
     def _requests(self, keys: Iterator[BatchKey]) -> Iterator[Request]:
         plan = self._position.plan
@@ -322,12 +332,6 @@ class Bridge(keras.utils.PyDataset):
         if runtime is not None:
             runtime.close()
         self._failures.warn()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     def _part(self, plan: Batching) -> Self:
         """A dataset like this one, of another plan."""

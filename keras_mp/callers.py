@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import multiprocessing
 import sys
 import threading
 from types import CodeType, FrameType
@@ -75,6 +76,12 @@ def current_call() -> Call | None:
     while (frame := frame.f_back) is not None:
         frames.append((frame.f_code, frame.f_lasti))
     return Call(threading.get_ident(), tuple(reversed(frames)), at, shuffle, steps)
+
+
+def fixes_shapes(number: int) -> bool:
+    """Whether Keras, asking for this batch outside of a pass on TensorFlow, may do so to fix a signature by it."""
+    in_pool = multiprocessing.parent_process() is not None and threading.current_thread() is threading.main_thread()
+    return number in (0, 1) and not in_pool and current_call() is not None
 
 
 def is_keras(frame: FrameType | None, called: object) -> bool:

@@ -34,7 +34,8 @@ class PoolDataset(LoadedDataset):
             write into a sample from an array or a list, which is a copy (what stands on a memmap is read-only). None:
             the sample as it is.
         batch_size: samples in a batch (on each shard).
-        collate: list of samples -> batch. None: every leaf is stacked, straight into shared memory.
+        collate: list of samples -> batch. None: every leaf is stacked, straight into shared memory. `keras_mp.pad()`:
+            so are samples that differ in length.
         batch_transform: batch -> batch, in the worker, after `collate`; `rng` as above, by (seed, epoch, batch).
         shuffle: a new permutation of the samples in every epoch.
         seed: root of all randomness. None: drawn once, shown in `repr`.
@@ -141,7 +142,7 @@ class PoolDataset(LoadedDataset):
     @property
     def batch_axis(self) -> int | None:
         plan, loader = self._plan, self._loader
-        if not isinstance(loader, SampleLoader) or loader.on_error == "skip" or loader.collate:
+        if not isinstance(loader, SampleLoader) or loader.on_error == "skip" or not loader.stacks:
             return None
         return plan.uniform_size
 

@@ -17,7 +17,7 @@ _FLOORS = [
     {"dataset", "callbacks", "monitor"},
     {"loaded"},
     {"bridge"},
-    {"tfdata", "callers", "auto_shard", "exits", "stats"},
+    {"tfdata", "looks", "callers", "auto_shard", "exits", "stats"},
     {"engines"},
     {"workers"},
     {"loading"},

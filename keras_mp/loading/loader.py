@@ -20,6 +20,7 @@ from keras_mp.errors import sample_error, short_repr
 from keras_mp.loading.base import SAMPLES_DONE, Loaded, Loader, batch_error, check_batch, failure_of
 from keras_mp.loading.builder import BatchBuilder
 from keras_mp.loading.collate import copied
+from keras_mp.loading.padding import Padding
 from keras_mp.loading.randomness import Key, Seeder, takes_rng
 from keras_mp.loading.timing import BATCH_TRANSFORM, COLLATE, SOURCE, STAGES, TRANSFORM, StageTimes
 from keras_mp.plan.request import Request
@@ -58,9 +59,14 @@ class SampleLoader(Loader):
     def __post_init__(self) -> None:
         self._transform_takes_rng = takes_rng(self.transform)
         self._batch_transform_takes_rng = takes_rng(self.batch_transform)
-        self._copies = is_in_memory(self.source) and bool(self.transform or self.collate)
+        self._copies = is_in_memory(self.source) and bool(self.transform or not self.stacks)
         functions = bool(self.transform or self.collate or self.batch_transform)
         self.runs_user_code = functions or not is_plain(self.source)
+
+    @property
+    def stacks(self) -> bool:
+        """Whether samples are made a batch by code of ours, whose arrays nobody else holds."""
+        return self.collate is None or isinstance(self.collate, Padding)
 
     def load(
         self, request: Request, report_position: Callable[[int], None], seed: Seeder | None, times: StageTimes

@@ -15,6 +15,9 @@ class Request(NamedTuple):
     `substitutes` are samples of the epoch that may be served where all of these fail; None: any of the source. `failed`
     gives the positions of samples that are known to have failed, say because they ended their workers: they are not
     read again. (Positions behind those of `samples` are those of substitutes, see `SampleLoader.index_at`.)
+
+    `stretch` is for a look at the shapes alone: 1 or 2 pads all axes whose lengths vary further than need be, to an odd
+    or an even number, so that two looks differ in them.
     """
 
     epoch: int
@@ -23,3 +26,4 @@ class Request(NamedTuple):
     repeats: Sequence[int] = ()
     substitutes: Sequence[int] | None = None
     failed: tuple[tuple[int, SampleFailure], ...] = ()
+    stretch: int = 0
