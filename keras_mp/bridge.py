@@ -142,8 +142,9 @@ class Bridge(keras.utils.PyDataset):
                 self._served_so_far.handed_out.add(asked.run is not None)
         return with_tuples(batch) if on_tensorflow else batch
 
-    def _ask(self, index: int, by_keras: bool, fixes_shapes: bool) -> tuple[Asked | None, Callable[[], Loaded]]:
+    def _ask(self, index: int, by_keras: bool, for_shapes: bool) -> tuple[Asked | None, Callable[[], Loaded]]:
         """What `dataset[index]` is, and what waits for it."""
+        engine = self._running().engine
         if self._plan.is_endless:
             keys = zip(itertools.repeat(self._position.epoch), itertools.count(index + self._stride, self._stride))
             return None, self._look(index, (self._position.epoch, index), keys)
@@ -153,26 +154,23 @@ class Bridge(keras.utils.PyDataset):
         if self._position.epoch != epoch:
             self._failures.warn(epoch)
         if (run := asked.run) is None:
-            rest = map(self._position.look, range(index + 1, len(self)))
-            fixes_shapes &= self._position.num_batches * self._stride > 1
-            return asked, self._look(index, asked.key, rest, fixes_shapes)
-        engine = self._running().engine
+            for_shapes &= self._position.num_batches * self._stride > 1
+            return asked, self._look(
+                index, asked.key, map(self._position.look, range(index + 1, len(self))), for_shapes
+            )
         if asked.is_first:
             if self._prefetch.expected != run.base:
-                whole = itertools.chain([asked.key], self._position.rest(run))
-                self._prefetch.follow(engine, self._requests(whole))
+                rest = itertools.chain([asked.key], self._position.rest(run))
+                self._prefetch.follow(engine, self._requests(rest))
             self._prefetch.expected = None
         if asked.is_next:
             return asked, functools.partial(engine.result, self._prefetch.next())
-        (handle,) = engine.submit([self._position.plan.request(*asked.key)])
-        return asked, functools.partial(engine.result, handle)
+        return asked, functools.partial(engine.result, *engine.submit([self._position.plan.request(*asked.key)]))
 
-    def _look(
-        self, index: int, key: BatchKey, keys: Iterator[BatchKey], for_shapes: bool = False
-    ) -> Callable[[], Loaded]:
+    def _look(self, index: int, key: BatchKey, keys: Iterator[BatchKey], for_shapes: bool = False) -> Any:
         engine, requests = self._running().engine, self._requests(itertools.chain([key], keys))
         take = functools.partial(self._prefetch.look, engine, index, self._stride, key, requests)
-        if fixes_shapes:
+        if for_shapes:
             return self._looks.look(engine, self._loader, index, self._position.plan.request(*key), take)
         return functools.partial(engine.result, take())
 

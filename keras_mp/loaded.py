@@ -274,5 +274,6 @@ class LoadedDataset(Bridge):
             since: what this returned earlier: the numbers are of the time between the two.
         """
         engine = {} if self._runtime is None else self._runtime.engine.stats()
-        now = self._served_so_far.stats(engine, epoch=self.epoch, failures=self._failures.total)
+        counts = {"failures": self._failures.total, "cache_bytes": self._loader.cache_bytes}
+        now = self._served_so_far.stats(engine, epoch=self.epoch, **counts)
         return now if since is None else now.since(since)

@@ -73,6 +73,8 @@ class Stats:
         loaded_batches, samples, bytes: loaded, those included that nobody has taken yet; bytes of the arrays in them.
         failures: samples that failed.
         retries: how often a failing sample was tried again.
+        cache_hits, cache_misses: samples that the cache had, and that had to be loaded.
+        cache_bytes: bytes that it has, now.
         wait_s: how long whoever took batches waited for them, in seconds.
         wait_is_of_training: whether that is the training itself, or a loop. In `fit` on TensorFlow, and in an export,
             it is a thread of TensorFlow's, which waits longer: `PipelineMonitor` knows what the training waited.
@@ -101,6 +103,9 @@ class Stats:
     bytes: int = 0
     failures: int = 0
     retries: int = 0
+    cache_hits: int = 0
+    cache_misses: int = 0
+    cache_bytes: int = 0
     wait_s: float = 0.0
     wait_is_of_training: bool = True
     queue_s: float = 0.0
@@ -236,6 +241,8 @@ class ServedSoFar:
             samples=work.samples,
             bytes=work.nbytes,
             retries=work.retries,
+            cache_hits=work.hits,
+            cache_misses=work.misses,
             wait_s=self.wait_s,
             wait_is_of_training=self.wait_is_of_training,
             queue_s=work.queued_s,
@@ -256,6 +263,8 @@ _SUMS = (
     "bytes",
     "failures",
     "retries",
+    "cache_hits",
+    "cache_misses",
     "wait_s",
     "queue_s",
     "work_s",
