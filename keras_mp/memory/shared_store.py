@@ -1,11 +1,11 @@
 """Samples in anonymous memory that all workers of a dataset read and add to, without a lock between them.
 
-Two memory files. In the first a table, one row of 64 bytes for each sample, and behind it the data. The second is a roll
-of tickets: whoever needs room *reads* from it, and what it gets are the numbers of units of room that are its own. All
-processes share one file offset, as they have the descriptor from the parent, and the kernel moves that for one reader
-after the other; so no unit is given twice, and a process that is killed takes no more with it than what it has
-not filled. A row is written after its data, and has a check sum of its own, so a sample that is half written is
-not there. Nothing has a name (P4, P7); when the descriptors are closed, all of it is gone.
+Two memory files. In the first a table, one row of 64 bytes for each sample, and behind it the data. The second is a
+roll of tickets: whoever needs room *reads* from it, and what it gets are the numbers of units of room that are its own.
+All processes share one file offset, as they have the descriptor from the parent, and the kernel moves that for one
+reader after the other; so no unit is given twice, and a process that is killed takes no more with it than what it has
+not filled. A row is written after its data, and has a check sum of its own, so a sample that is half written is not
+there. Nothing has a name (P4, P7); when the descriptors are closed, all of it is gone.
 """
 
 from __future__ import annotations
