@@ -45,8 +45,8 @@ class Ready(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SetLoader:
-    """A loader, or a new version of one. With it come descriptors: of the pickle's segment, of the large arrays' one, and
-    of its cache.
+    """A loader, or a new version of one, and descriptors: of the pickle's segment, of the large arrays' one, and of its
+    cache.
 
     Attributes:
         loader: its number.
