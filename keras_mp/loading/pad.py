@@ -31,7 +31,8 @@ def pad(
     a dict leaves out have the default.
 
     An int as `multiple_of` or `max_length` is for the axes that are lengths: the only axis of a leaf, or all but the
-    last of several (the last are features, or channels). A tuple says it for each axis: `(32, 32, None)`.
+    last of several (the last are features, or channels). A tuple says it for each axis, `(32, 32, None)`, of the leaves
+    that have as many.
 
     Args:
         value: what is filled in: a number, or for leaves of strings a string; by leaf: a dict of paths. Zero stands for

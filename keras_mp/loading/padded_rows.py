@@ -89,6 +89,13 @@ class PaddedRows:
                     f"{name} of keras_mp.pad has the path {unused[0]!r}, but samples have the leaves "
                     f"{[describe_path(path) for path in leaves]}; give keys of dicts, or positions in tuples"
                 )
+            given = getattr(self._padding, name)
+            if isinstance(given, tuple) and len(given) not in map(np.ndim, leaves.values()):
+                raise ValueError(
+                    f"{name}={given!r} of keras_mp.pad is for leaves of {len(given)} axes, but samples have "
+                    f"{[f'{describe_path(path)} of {np.ndim(leaf)} axes' for path, leaf in leaves.items()]}; give one "
+                    "entry (an int or None) for each axis"
+                )
         self._masks(sample, leaves)
 
     def _own(self, row: int, leaves: dict[Path, Any]) -> None:

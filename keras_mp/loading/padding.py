@@ -24,11 +24,13 @@ class Padding:
         """How the axes of the leaf at `path` are padded.
 
         Raises:
-            ValueError: a tuple was given for it, and not of its number of axes.
+            ValueError: a tuple was given for this leaf, and not of its number of axes.
         """
         given = []
         for name, lengths in (("multiple_of", self.multiple_of), ("max_length", self.max_length)):
             chosen: Lengths = pick(lengths, path, None)
+            if isinstance(lengths, tuple) and len(lengths) != ndim:
+                chosen = None  # it is meant for others
             if not isinstance(chosen, tuple):
                 chosen = (chosen,) * (1 if ndim == 1 else ndim - 1) + (None,) * (ndim > 1) if ndim else ()
             elif len(chosen) != ndim:

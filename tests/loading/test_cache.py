@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
+import uuid
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -25,15 +26,19 @@ _ENGINES = ["in-process", "threads", "workers"]
 _STORE = "samples.sqlite"
 
 
+def note(log: Path, call: object) -> None:
+    log.mkdir(exist_ok=True)
+    (log / f"{call}-{uuid.uuid4()}").touch()
+
+
 class Load:
-    """Counts its calls in a file, by lines."""
+    """Counts its calls by files in a folder. (A file in which it did would be part of what it is known by.)"""
 
     def __init__(self, log: Path, scale: int = 1) -> None:
         self.log, self.scale = log, scale
 
     def __call__(self, item: int) -> Any:
-        with open(self.log, "a") as file:
-            file.write(f"{item}\n")
+        note(self.log, item)
         return {"x": np.full((item % 5 + 1, 3), item * self.scale, np.float32), "name": f"item {item}"}
 
 
@@ -41,8 +46,9 @@ class Crashing(Load):
     """Kills its process on one item, the first time."""
 
     def __call__(self, item: int) -> Any:
-        if item == 13 and not self.log.with_suffix(".killed").exists():
-            self.log.with_suffix(".killed").touch()
+        if item == 13 and not (self.log / "killed").exists():
+            note(self.log, "killed")
+            (self.log / "killed").touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return super().__call__(item)
 
@@ -68,7 +74,8 @@ def _epochs(count: int, load: Any, **options: Any) -> tuple[list[Any], keras_mp.
 
 
 def _calls(log: Path) -> Counter[str]:
-    return Counter(log.read_text().split()) if log.exists() else Counter()
+    names = [file.name.partition("-")[0] for file in log.iterdir()] if log.exists() else []
+    return Counter(name for name in names if name != "killed")
 
 
 def _assert_same(some: list[Any], others: list[Any]) -> None:
@@ -208,15 +215,13 @@ def test_changed_files_are_not_served_what_was_kept(tmp_path: Path) -> None:
     assert _all(np.load, tmp_path / "cache", paths) == [0, 1, 2, 30, 4, 5, 6, 7]
 
 
-def test_the_version_is_part_of_what_a_sample_is_known_by(tmp_path: Path) -> None:
-    facts = tmp_path / "facts"
-
+def test_the_version_is_part_of_what_a_sample_is_known_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(item: int) -> Any:
-        return np.float32(item + float(facts.read_text()))
+        return np.float32(item + float(os.environ["KERAS_MP_TEST"]))
 
-    facts.write_text("1")
+    monkeypatch.setenv("KERAS_MP_TEST", "1")
     assert _all(load, tmp_path / "cache", cache_version=1)[0] == 1
-    facts.write_text("2")
+    monkeypatch.setenv("KERAS_MP_TEST", "2")
     assert _all(load, tmp_path / "cache", cache_version=1)[0] == 1  # which a fingerprint cannot know
     assert _all(load, tmp_path / "cache", cache_version=2)[0] == 2
     assert _all(load, tmp_path / "cache", cache_version="two")[0] == 2
@@ -241,8 +246,7 @@ class Source:
         return 12
 
     def __getitem__(self, index: int) -> Any:
-        with open(self.log, "a") as file:
-            file.write(f"{index}\n")
+        note(self.log, index)
         return np.full(3, index)
 
 
@@ -328,7 +332,7 @@ def test_what_cannot_be_pickled_cannot_be_kept() -> None:
         return (part for part in range(item))
 
     with keras_mp.PoolDataset(range(8), next, load=load, cache="ram", workers=0) as dataset:
-        with pytest.raises(TypeError, match="cache failed on sample 0.*leave out cache="):
+        with pytest.raises(TypeError, match=r"cache failed on sample 0.*leave out cache="):
             next(iter(dataset))
 
 
@@ -364,7 +368,7 @@ def _fill(folder: Path) -> None:
 
 def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(keras_mp.KerasMPError, match="cannot be made a folder.*Pass a folder"):
+    with pytest.raises(keras_mp.KerasMPError, match=r"cannot be made a folder.*Pass a folder"):
         keras_mp.PoolDataset(range(8), cache=tmp_path / "file")
 
 
@@ -381,7 +385,7 @@ def test_a_cache_of_another_version(tmp_path: Path, pragma: str) -> None:
     store = sqlite3.connect(tmp_path / _STORE)
     store.execute(f"PRAGMA {pragma}")
     store.close()
-    with pytest.raises(keras_mp.KerasMPError, match="no cache of this version of keras_mp.*Delete it"):
+    with pytest.raises(keras_mp.KerasMPError, match=r"no cache of this version of keras_mp.*Delete it"):
         keras_mp.PoolDataset(range(8), cache=tmp_path)
 
 
