@@ -438,9 +438,9 @@ def test_a_folder_that_is_read_only(tmp_path: Path, caplog: pytest.LogCaptureFix
     """What is there is used, the rest is loaded; where there is nothing, that is an error."""
     script = textwrap.dedent(
         """
-        import logging, os, sys
+        import logging, os, sqlite3, sys
         import numpy as np
-        import keras_mp
+        import keras_mp, keras_mp.dataset  # all of it now: who we become may not read it
 
         logging.basicConfig(format="%(message)s", stream=sys.stdout)
         if os.getuid() == 0:
