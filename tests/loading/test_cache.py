@@ -59,11 +59,12 @@ def _augment(sample: Any, rng: np.random.Generator) -> Any:
 
 
 def _engine(engine: str, pool: keras_mp.WorkerPool) -> dict[str, Any]:
-    return {
+    engines: dict[str, dict[str, Any]] = {
         "in-process": {"workers": 0},
         "threads": {"workers": 2, "use_multiprocessing": False},
         "workers": {"pool": pool},
-    }[engine]
+    }
+    return engines[engine]
 
 
 def _epochs(count: int, load: Any, **options: Any) -> tuple[list[Any], keras_mp.Stats]:
@@ -210,7 +211,7 @@ def test_changed_files_are_not_served_what_was_kept(tmp_path: Path) -> None:
     for source in paths, [{"file": str(path)} for path in paths]:
         load = (lambda item: np.load(item["file"])) if source is not paths else np.load
         assert _all(load, tmp_path / "cache", source) == list(range(8))
-    np.save(paths[3], np.float64([[30]]).reshape(())[()])
+    np.save(paths[3], 30.0)
     os.utime(paths[3], ns=(1, 1))
     assert _all(np.load, tmp_path / "cache", paths) == [0, 1, 2, 30, 4, 5, 6, 7]
 
