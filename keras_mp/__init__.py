@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from keras_mp.engines.processes import WorkerPool as WorkerPool
     from keras_mp.errors import *  # noqa: F403  # it says itself what is public
     from keras_mp.loading.collate import empty as empty
+    from keras_mp.loading.pad import pad as pad
     from keras_mp.monitor import PipelineMonitor as PipelineMonitor
     from keras_mp.plan.buckets import Buckets as Buckets
     from keras_mp.plan.orders import balanced as balanced
@@ -44,6 +45,7 @@ _MODULES = {
     ],
     "engines.processes": ["WorkerPool"],
     "loading.collate": ["empty"],
+    "loading.pad": ["pad"],
     "monitor": ["PipelineMonitor"],
     "report.report": ["Report"],
     "plot": ["plot_timeline"],

@@ -79,6 +79,12 @@ def current_call() -> Call | None:
     return Call(threading.get_ident(), tuple(reversed(frames)), at, shuffle, steps)
 
 
+def fixes_shapes(number: int) -> bool:
+    """Whether Keras, asking for this batch outside of a pass on TensorFlow, may do so to fix a signature by it."""
+    in_pool = multiprocessing.parent_process() is not None and threading.current_thread() is threading.main_thread()
+    return number in (0, 1) and not in_pool and current_call() is not None
+
+
 def is_keras(frame: FrameType | None, called: object) -> bool:
     """Whether `frame` is of Keras's code; methods of `called` itself, as in a subclass, stand for who called them."""
     while frame is not None:

@@ -12,6 +12,7 @@ from keras_mp.bridge import Bridge
 from keras_mp.errors import SampleFailure, short_repr
 from keras_mp.loading.batch_loader import BatchLoader
 from keras_mp.loading.inspection import inspecting
+from keras_mp.looks import others, requests_of
 from keras_mp.plan.position import Position
 from keras_mp.plan.progress import Progress
 from keras_mp.plan.state import check_version, dump_state, load_state
@@ -192,8 +193,8 @@ class LoadedDataset(Bridge):
             epochs: epochs in one iteration.
             prefetch: batches that tf.data keeps ready besides those this dataset loads ahead (of small ones up to eight
                 more); None: `tf.data.AUTOTUNE`.
-            element_spec: nest of `tf.TensorSpec`, for batches whose shapes vary beyond the first axis; None: taken from
-                the first batch, with the batch axis unknown unless every batch has the same number of samples.
+            element_spec: nest of `tf.TensorSpec`; None: taken from two batches (docs/variable-lengths.md). Axes in
+                which these differ are unknown, and so is the batch axis unless every batch has as many samples.
 
         Returns:
             A `tf.data.Dataset` of batches, in the structure that the dataset gives them (lists become tuples).
@@ -216,17 +217,29 @@ class LoadedDataset(Bridge):
         """Where the dataset is, for `BackupAndRestore`."""
         return self._position
 
-    def first_batch(self) -> Any:
-        """The first batch of the current epoch, for a look at its structure."""
+    def looks(self) -> list[Any]:
+        """Batches of the current epoch, for a look at their structure: they differ in the axes in which others will."""
         with self._lock:
-            key = self._position.look(0)
-            (handle,) = self._running().engine.submit(list(self._requests(iter([key]))))
-        return self._served(key, self._running().engine.result, handle)
+            keys = [
+                self._position.look(number)
+                for number in range(min(2, self._position.start.left(self._plan.num_batches)))
+            ]
+            wanted = requests_of(self._loader, list(self._requests(iter(keys))))
+            engine = self._running().engine
+            first, *more = engine.submit(wanted)
+        batch = self._served(keys[0], engine.result, first)
+        return [batch, *(loaded.batch for loaded in others(engine, more))]
 
     @property
     def batch_axis(self) -> int | None:
         """Samples in every batch, or None if that varies."""
         raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     # -- numbers and ends ----------------------------------------------------------------------------------------
 
@@ -265,7 +278,8 @@ class LoadedDataset(Bridge):
         engine = {} if runtime is None else runtime.engine.stats()
         if self._choice.by_keras:
             engine = {"engine": KERAS_POOL, "workers": self._choice.workers}
-        now = self._served_so_far.stats(engine, epoch=self.epoch, failures=self._failures.total)
+        counts = {"failures": self._failures.total, "cache_bytes": self._loader.cache_bytes}
+        now = self._served_so_far.stats(engine, epoch=self.epoch, **counts)
         return now if since is None else now.since(since)
 
     def report(self, since: Stats | None = None) -> Report:

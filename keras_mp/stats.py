@@ -78,6 +78,8 @@ class Stats:
         loaded_batches, samples, bytes: loaded, those included that nobody has taken yet; bytes of the arrays in them.
         failures: samples that failed.
         retries: how often a failing sample was tried again.
+        cache_hits, cache_misses: samples that the cache had, and that had to be loaded.
+        cache_bytes: bytes that it has, now.
         wait_s: how long whoever took batches waited for them, in seconds.
         first_wait_s: of this, for the first batch of each pass or iteration, for which little or nothing was ready.
         used_s, steps: how long whoever took batches was busy with them, from taking one to asking for the next, and how
@@ -110,6 +112,9 @@ class Stats:
     bytes: int = 0
     failures: int = 0
     retries: int = 0
+    cache_hits: int = 0
+    cache_misses: int = 0
+    cache_bytes: int = 0
     wait_s: float = 0.0
     first_wait_s: float = 0.0
     used_s: float = 0.0
@@ -301,6 +306,8 @@ class ServedSoFar:
             samples=work.samples,
             bytes=work.nbytes,
             retries=work.retries,
+            cache_hits=work.hits,
+            cache_misses=work.misses,
             queue_s=work.queued_s,
             work_s=work.total_s,
             cpu_s=work.cpu_s,
@@ -321,6 +328,8 @@ _SUMS = (
     "bytes",
     "failures",
     "retries",
+    "cache_hits",
+    "cache_misses",
     "wait_s",
     "first_wait_s",
     "used_s",

@@ -42,6 +42,7 @@ class Running:
     def close(self) -> None:
         """Closes the engine; if nobody else uses its pool, returns when the workers are gone."""
         self.engine.close()
+        self.loader.close()
         if self.pool is not None:
             pool, end = weakref.ref(self.pool), self.pool.end
             self.pool = None
@@ -145,6 +146,12 @@ class EngineChoice:
         """Whether the workers are those that datasets share which are given no pool."""
         return self.pool is None and self.use_multiprocessing and self.workers > 0
 
+    @property
+    def shares_memory(self) -> bool:
+        """Whether all that load a dataset can share memory of this process."""
+        is_of_processes = isinstance(self.pool, concurrent.futures.ProcessPoolExecutor)
+        return not (self.by_keras or is_of_processes)
+
     def without_pool(self) -> EngineChoice:
         """The same for a copy in another process, where the pool cannot be."""
         return self if self.by_keras else dataclasses.replace(self, pool=None)
@@ -159,6 +166,14 @@ class EngineChoice:
 
     def start(self, loader: Loader, recorder: Recorder | None = None) -> Running:
         """Makes the engine. What happens to its workers goes to `recorder`; of batches, it comes with them."""
+        loader.open()
+        try:
+            return self._start(loader, recorder)
+        except BaseException:
+            loader.close()
+            raise
+
+    def _start(self, loader: Loader, recorder: Recorder | None) -> Running:
         if isinstance(self.pool, concurrent.futures.Executor):
             return Running(ExecutorEngine(self.pool, loader), loader)
         if self.is_inline:

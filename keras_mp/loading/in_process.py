@@ -37,7 +37,7 @@ def load_timed(loader: Loader, request: Request, seed: Seeder | None) -> Loaded:
 
 def owned(loaded: Loaded, loader: Loader) -> tuple[Loaded, list[int]]:
     """The batch, with copies in place of the arrays that somebody else holds; and the addresses of those arrays."""
-    if isinstance(loader, SampleLoader) and loader.collate is None and loader.batch_transform is None:
+    if isinstance(loader, SampleLoader) and loader.stacks and loader.batch_transform is None:
         return loaded, []  # our own collate made it
     copied: list[int] = []
     batch = _owned([loaded.batch], 0, _ONE + 1, False, copied)  # `loaded` is one more that refers to it

@@ -6,6 +6,7 @@ Samples are timed one by one only where code of the user's runs for them; a batc
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 import time
 from typing import Any, NamedTuple
@@ -16,6 +17,8 @@ from keras_mp.loading.recording import Event, Lane, own_lane
 # In the order in which a sample, and then its batch, goes through them. "write": from the batch to shared memory.
 STAGES = ("source", "load", "cache", "transform", "collate", "batch_transform", "write")
 SOURCE, LOAD, CACHE, TRANSFORM, COLLATE, BATCH_TRANSFORM, WRITE = range(len(STAGES))
+
+_log = logging.getLogger("keras_mp")  # for what a thread of ours has to say, where a warning would be an error to it
 
 SLOWEST_KEPT = 5
 _MAX_EVENTS = 1024  # of one batch
@@ -54,6 +57,8 @@ class Work(NamedTuple):
         retries: how often a failing one was tried again.
         slowest: samples that were among the slowest of their stage so far, where they were loaded.
         events: for each batch that, and its stages, if that was asked for.
+        hits, misses: samples that a cache had, and had not.
+        cache_refusal: why it takes no more, in words; empty if it does.
     """
 
     batches: int
@@ -65,6 +70,9 @@ class Work(NamedTuple):
     retries: int
     slowest: tuple[SlowSample, ...]
     events: tuple[Event, ...] = ()
+    hits: int = 0
+    misses: int = 0
+    cache_refusal: str = ""
 
 
 class SlowestSamples:
@@ -92,6 +100,8 @@ class StageTimes:
     Attributes:
         item: what the source holds for the sample that is being timed.
         retries: how often a sample was begun again.
+        hits, misses: samples that a cache had, and had not.
+        cache_refusal: why it takes no more, in words; empty if it does.
     """
 
     __slots__ = (
@@ -109,13 +119,17 @@ class StageTimes:
         "_slow",
         "_slowest",
         "_stages",
+        "cache_refusal",
+        "hits",
         "item",
+        "misses",
         "retries",
     )
 
     def __init__(self, slowest: SlowestSamples, traced: bool = False) -> None:
         self.item: Any = None
-        self.retries = 0
+        self.retries = self.hits = self.misses = 0
+        self.cache_refusal = ""
         self._seconds = [0.0] * len(STAGES)
         self._slowest, self._limits = slowest, slowest.limits
         self._slow: list[SlowSample] = []
@@ -182,6 +196,9 @@ class StageTimes:
             self.retries,
             tuple(self._slow),
             tuple(self._events),
+            self.hits,
+            self.misses,
+            self.cache_refusal,
         )
 
 
@@ -194,10 +211,13 @@ class WorkTotals:
         total_s, cpu_s, seconds, retries: sums of those of `Work`.
         queued_s: how long batches waited for a worker, in seconds.
         slowest: by stage, slowest first.
+        hits, misses: sums of those of `Work`.
+        cache_refusal: the first one; it is logged.
     """
 
     def __init__(self) -> None:
-        self.batches = self.samples = self.retries = self.nbytes = 0
+        self.batches = self.samples = self.retries = self.nbytes = self.hits = self.misses = 0
+        self.cache_refusal = ""
         self.total_s = self.cpu_s = self.queued_s = 0.0
         self.seconds = [0.0] * len(STAGES)
         self.slowest: dict[str, list[SlowSample]] = {}
@@ -212,6 +232,7 @@ class WorkTotals:
             self.total_s += work.total_s
             self.cpu_s += work.cpu_s
             self.retries += work.retries
+            self._add_cache(work)
             for stage, seconds in enumerate(work.seconds):
                 if seconds:
                     self.seconds[stage] += seconds
@@ -221,3 +242,10 @@ class WorkTotals:
                 others = [other for other in kept if other.index != sample.index or other.epoch != sample.epoch]
                 ranked = sorted([*others, sample], key=lambda each: each.seconds, reverse=True)
                 self.slowest[sample.stage] = ranked[:SLOWEST_KEPT]
+
+    def _add_cache(self, work: Work) -> None:
+        self.hits += work.hits
+        self.misses += work.misses
+        if work.cache_refusal and not self.cache_refusal:
+            self.cache_refusal = work.cache_refusal
+            _log.warning("keras_mp: %s. What it has not is loaded again whenever it is needed.", work.cache_refusal)

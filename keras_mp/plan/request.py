@@ -16,6 +16,9 @@ class Request(NamedTuple):
     gives the positions of samples that are known to have failed, say because they ended their workers: they are not
     read again. (Positions behind those of `samples` are those of substitutes, see `SampleLoader.index_at`.) `traced`
     asks for what happened when, for a timeline.
+
+    `stretch` is for a look at the shapes alone: 1 or 2 pads all axes whose lengths vary further than need be, to an odd
+    or an even number, so that two looks differ in them.
     """
 
     epoch: int
@@ -25,3 +28,4 @@ class Request(NamedTuple):
     substitutes: Sequence[int] | None = None
     failed: tuple[tuple[int, SampleFailure], ...] = ()
     traced: bool = False
+    stretch: int = 0

@@ -60,6 +60,10 @@ class PoolClient:
         self._small: Segment | None = None
         self._large: Segment | None = None
         self._large_places: dict[int, Place] = {}  # by the address the buffer came from
+        try:
+            self._files = loader.descriptors()  # the same in all its states
+        except OSError as error:
+            raise KerasMPError(f"no descriptor for the dataset's cache: {error}. Raise `ulimit -n`") from error
         self.update(loader)
         self._finalizer = weakref.finalize(self, dispatcher.give_up, self._shared)
         self._finalizer.atexit = False
@@ -138,6 +142,7 @@ class PoolClient:
             large=large_places,
             order=is_large,
             sizes=(small_size, large_size),
+            files=len(self._files),
         )
         large_segment = self._large
         if large_segment is not None and not large_segment.holds(large, large_places, large_size):
@@ -159,7 +164,7 @@ class PoolClient:
         self._small, self._large = small_segment, large_segment
         addresses = [np.frombuffer(buffer.raw(), np.uint8).ctypes.data for buffer in large]
         self._large_places = dict(zip(addresses, large_places, strict=True))
-        self._shared.replace(self._message, (small_segment, large_segment))
+        self._shared.replace(self._message, (small_segment, large_segment, *self._files))
         return True
 
     def shared_view(self, array: npt.NDArray[Any]) -> npt.NDArray[Any] | None:

@@ -13,6 +13,7 @@ import time
 from keras_mp.errors import PoolClosed
 from keras_mp.loading.recording import Recorder
 from keras_mp.loading.timing import Work, WorkTotals
+from keras_mp.memory.files import Descriptor
 from keras_mp.memory.segment import Segment
 from keras_mp.memory.slots import SlotPool
 from keras_mp.workers.faults import SampleNames
@@ -53,10 +54,10 @@ class SharedLoader:
         self.batch_bytes: int | None = None  # of the last one
         self._lock = threading.Lock()  # of what follows, and never held for long
         self._message: SetLoader | None = None
-        self._segments: tuple[Segment, ...] = ()
-        self._retired: list[Segment] = []  # the dispatcher may still be sending their descriptors
+        self._segments: tuple[Segment | Descriptor, ...] = ()
+        self._retired: list[Segment | Descriptor] = []  # the dispatcher may still be sending their descriptors
 
-    def replace(self, message: SetLoader, segments: tuple[Segment, Segment]) -> None:
+    def replace(self, message: SetLoader, segments: tuple[Segment | Descriptor, ...]) -> None:
         """From now on workers get this state of the loader. Segments that come again stay as they are."""
         with self._lock:
             self._retired += [segment for segment in self._segments if segment not in segments]
