@@ -15,8 +15,9 @@ import keras
 from keras_mp.checks import check_callable, check_choice, check_count
 from keras_mp.dataset import PoolDataset
 from keras_mp.errors import short_repr
-from keras_mp.loading.audio import AUDIO_FORMATS, AudioReader, padded_batch
+from keras_mp.loading.audio import AUDIO_FORMATS, AudioReader
 from keras_mp.loading.images import IMAGE_FORMATS, MODES, Aspect, ImageReader, check_pillow
+from keras_mp.loading.pad import pad
 from keras_mp.loading.reading import Reader, only_sample, reading
 from keras_mp.loading.resizing import INTERPOLATIONS
 from keras_mp.loading.texts import TEXT_FORMATS, TextReader
@@ -218,7 +219,7 @@ def audio_dataset_from_directory(
         None if output_sequence_length is None else check_count(output_sequence_length, "output_sequence_length"),
     )
     if output_sequence_length is None and batch_size is not None:
-        options = {"collate": padded_batch, **options}
+        options = {"collate": pad(), **options}
     return _datasets(
         reader, AUDIO_FORMATS, directory, labels, label_mode, class_names, batch_size, shuffle, seed, validation_split,
         subset, follow_links, verbose, transform, options,

@@ -25,9 +25,11 @@ _STAGE_NAMES = {
     "write": "writing to shared memory",
 }
 _REMEDIES = {
-    "source": "store it in a form that is faster to read",
-    "transform": "make it cheaper, or do what is the same in every epoch once, beforehand, and keep what it gives",
-    "collate": "let the samples be arrays of one shape, which are stacked straight into shared memory",
+    "source": "keep what it gives (cache=), or store it in a form that is faster to read",
+    "load": "keep what it gives (cache=)",
+    "cache": "put the cache on a faster disk, or in memory (cache='ram')",
+    "transform": "make it cheaper, or move what is the same in every epoch to load= and keep it (cache=)",
+    "collate": "arrays of one shape, or keras_mp.pad(), are written straight into shared memory",
     "batch_transform": "make it cheaper, or move it into the model",
     "write": "smaller dtypes (uint8 in place of float32) make it cheaper",
 }

@@ -72,7 +72,7 @@ def test_cores_that_are_in_use_are_the_limit() -> None:
     advice = _advice(full, cores=2)
     assert "More workers cannot help: a batch takes 310 ms of processor time, and 2.0 of 2 cores are in use" in advice
     assert "would keep up" not in advice
-    assert "do what is the same in every epoch once, beforehand" in advice
+    assert "move what is the same in every epoch to load= and keep it (cache=)" in advice
     assert "Threads share one interpreter" in _advice(dataclasses.replace(full, engine="threads"), cores=2)
     assert "would keep up" in _advice(full, cores=32)
 
