@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from keras_mp.checks import check_timeout, check_workers
+from keras_mp.engines.backend import ExecutorBackend
 from keras_mp.engines.base import Engine
 from keras_mp.engines.executor import ExecutorEngine
 from keras_mp.engines.inline import InlineEngine
@@ -108,7 +109,7 @@ class EngineChoice:
     def start(self, loader: Loader) -> Running:
         """Makes the engine."""
         if isinstance(self.pool, concurrent.futures.Executor):
-            return Running(ExecutorEngine(self.pool, loader), loader)
+            return Running(ExecutorEngine(ExecutorBackend(self.pool), loader), loader)
         if self.is_inline:
             return Running(InlineEngine(loader), loader)
         if self.pool is None and not self.use_multiprocessing:

@@ -16,11 +16,17 @@ from keras_mp.plan.request import Request
 
 
 class Job(Future[Any]):
-    """A request and its outcome to be. Of several outcomes the first counts."""
+    """A request and its outcome to be. Of several outcomes the first counts.
+
+    Attributes:
+        request: which batch.
+        load: what it is loaded with, where the engine wants to know that later.
+    """
 
     def __init__(self, request: Request) -> None:
         super().__init__()
         self.request = request
+        self.load: Any = None
 
     @property
     def name(self) -> str:
@@ -68,6 +74,10 @@ class FuturesEngine:
         if self._closed:
             raise PoolClosed("the dataset has been closed; make a new one")
 
+    def wait(self, job: Job) -> Any:
+        """Waits for the job's outcome, which is returned or raised."""
+        return job.result()
+
     def submit(self, requests: Sequence[Request]) -> list[Job]:
         jobs = [Job(request) for request in requests]
         self._jobs.update(jobs)
@@ -83,7 +93,7 @@ class FuturesEngine:
         try:
             if not handle.done():
                 self.check_open()
-            return handle.result()
+            return self.wait(handle)
         except CancelledError as error:
             raise PoolClosed(f"{handle.name} was asked for, but is not wanted any more") from error
         finally:
