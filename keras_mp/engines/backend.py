@@ -25,7 +25,7 @@ class Placed(Protocol):
         """What a task is given in order to get at it: a `Place`, or what becomes one on its way to the worker."""
 
     def renewed(self) -> Any:
-        """What a task is given whose worker has not got at it before.
+        """What a task is given whose worker has not got at it before; None: the place, which has been seen to.
 
         Raises:
             Exception: there is no place any more; `Backend.explain` says why.
@@ -42,11 +42,14 @@ class Load:
         loader: what loads the batch.
         isolation: of the threads of this process.
         placed: the loader as other processes get it; None: they cannot.
+        place: where this task's worker finds it, if that is not where the others do.
     """
 
-    def __init__(self, loader: Loader, isolation: ThreadIsolation, placed: Placed | None = None) -> None:
+    def __init__(
+        self, loader: Loader, isolation: ThreadIsolation, placed: Placed | None = None, place: Any = None
+    ) -> None:
         self.placed = placed
-        self._place = None if placed is None else placed.place
+        self._place = place
         self._loader = loader
         self._isolation = isolation
         self._in_threads = ThreadLoader(loader, isolation)
@@ -61,14 +64,12 @@ class Load:
         if self.placed is None:
             pickling.dump_user_object(self._loader, "dataset")
             raise KerasMPError("the executor is one of threads, which need no pickle")
-        return remote.load, self.placed.key, self._place
+        return remote.load, self.placed.key, self.placed.place if self._place is None else self._place
 
     def renewed(self) -> Load:
         """The same for a task whose worker has not got at the loader before."""
-        renewed = Load(self._loader, self._isolation, self.placed)
-        if self.placed is not None:
-            renewed._place = self.placed.renewed()
-        return renewed
+        place = None if self.placed is None else self.placed.renewed()
+        return Load(self._loader, self._isolation, self.placed, place)
 
     def __call__(self, request: Request) -> Loaded:
         return self._in_threads.load(request)

@@ -83,7 +83,8 @@ class ExecutorEngine(FuturesEngine):
                 raise error_of(reply)
             job = self._again(handle)
         raise WorkerCrashed(
-            f"{job.name} was given to {self._backend.name} {_MAX_ATTEMPTS} times, and each time {_LOST}"
+            f"{job.name} was given to {self._backend.name} {_MAX_ATTEMPTS} times, and each time its worker, or what "
+            "the worker loads with, was lost"
         )
 
     def update(self, loader: Loader) -> bool | None:
