@@ -10,8 +10,8 @@ from benchmarks.loaders import Feed
 from benchmarks.work import Fill, Samples, Work
 
 
-def _dataset(work: Work, workers: int) -> Any:
-    options: dict[str, Any] = {"workers": workers, "max_queue_size": max(10, 2 * workers)}
+def _dataset(work: Work, workers: int, pool: Any = None) -> Any:
+    options: dict[str, Any] = {"workers": workers, "max_queue_size": max(10, 2 * workers), "pool": pool}
     if isinstance(work, Samples):
         return keras_mp.PoolDataset(work.source, work.transform, batch_size=work.batch_size, **options)
     if isinstance(work, Fill):
@@ -21,6 +21,30 @@ def _dataset(work: Work, workers: int) -> Any:
 
 def dataset(work: Work, workers: int, epochs: int) -> Feed:
     data = _dataset(work, workers)
+    return Feed(data, close=data.close)
+
+
+def over_dask(work: Work, workers: int, epochs: int) -> Feed:
+    """Over a cluster of as many processes on this machine, which talk through TCP on loopback."""
+    from distributed import Client, LocalCluster
+
+    cluster = LocalCluster(
+        n_workers=workers, threads_per_worker=1, processes=True, protocol="tcp", dashboard_address=None
+    )
+    client = Client(cluster)
+    data = _dataset(work, workers, client)
+
+    def close() -> None:
+        data.close()
+        client.close()
+        cluster.close()
+
+    return Feed(data, close=close)
+
+
+def over_ray(work: Work, workers: int, epochs: int) -> Feed:
+    """Over a Ray that is started on this machine, with as many CPUs."""
+    data = _dataset(work, workers, "ray")
     return Feed(data, close=data.close)
 
 

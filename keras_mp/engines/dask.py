@@ -202,7 +202,7 @@ def _timeout_s() -> float:
 
 def _reaches_workers(client: Any) -> bool:
     """Whether batches may come straight from the workers: the user's choice, or whether one can be connected to."""
-    from distributed.comm import get_address_host_port
+    from distributed.comm.addressing import get_address_host_port
 
     if client.direct_to_workers is not None:
         return bool(client.direct_to_workers)

@@ -121,7 +121,7 @@ class MemoryFile:
     """
 
     def __init__(self, package: Package) -> None:
-        parts = [pickle.PickleBuffer(package.body)] + [pickle.PickleBuffer(array) for array in package.buffers]
+        parts = [pickle.PickleBuffer(part) for part in (package.body, *(array.data for array in package.buffers))]
         places, size = files.place_buffers(parts)
         try:
             self._segment = Segment(parts, places, size)

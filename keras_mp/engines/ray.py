@@ -160,10 +160,10 @@ def _start(workers: int) -> bool:
 
     with _lock:
         if not ray.is_initialized():
-            options: dict[str, Any] = (
-                {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers, "include_dashboard": False}
-            )
-            ray.init(**options)
+            if os.environ.get("RAY_ADDRESS"):  # of a cluster, which has its own number of CPUs
+                ray.init()
+            else:
+                ray.init(num_cpus=workers, include_dashboard=False)
             _users, _started = 0, True
         _users += _started
         return _started
