@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from keras_mp.engines.processes import WorkerPool as WorkerPool
     from keras_mp.errors import *  # noqa: F403  # it says itself what is public
     from keras_mp.loading.collate import empty as empty
+    from keras_mp.loading.per_worker import PerWorker as PerWorker
     from keras_mp.monitor import PipelineMonitor as PipelineMonitor
     from keras_mp.stats import Stats as Stats
 
@@ -25,6 +26,7 @@ _MODULES = {
     "dataset": ["PoolDataset", "parallelize"],
     "engines.processes": ["WorkerPool"],
     "loading.collate": ["empty"],
+    "loading.per_worker": ["PerWorker"],
     "monitor": ["PipelineMonitor"],
     "stats": ["Stats"],
     "errors": [

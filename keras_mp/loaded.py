@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 from keras_mp import checks
+from keras_mp.auto_shard import find_place
 from keras_mp.bridge import Bridge
 from keras_mp.errors import SampleFailure
 from keras_mp.plan.position import Position
@@ -45,19 +46,26 @@ class LoadedDataset(Bridge):
 
     # -- going on elsewhere --------------------------------------------------------------------------------------
 
-    def shard(self, num_shards: int, index: int) -> Self:
+    def shard(self, num_shards: int | None = None, index: int | None = None) -> Self:
         """This process's part of the dataset, for data-parallel training.
 
         Shards are disjoint, cover every epoch, and have the same number of batches; see `batching` for which samples go
         where. `batch_size` is the size on each shard.
 
         Args:
-            num_shards: number of parts.
+            num_shards: number of parts. None, together with `index`: as many as there are processes that train
+                together, as Keras's distribution, `TF_CONFIG`, JAX or `torch.distributed` say.
             index: which one, from 0.
 
         Raises:
-            ValueError: the index is out of range, or the samples cannot be divided into so many parts.
+            TypeError: one of them is missing.
+            ValueError: the index is out of range, the samples cannot be divided into so many parts, or, without
+                arguments, nothing says which process this is.
         """
+        if num_shards is None and index is None:
+            num_shards, index = find_place()
+        elif num_shards is None or index is None:
+            raise TypeError(f"shard() needs both num_shards and index, or none of them, got {num_shards=}, {index=}")
         num_shards = checks.check_count(num_shards, "num_shards")
         index = checks.check_count(index, "index", 0)
         if index >= num_shards:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -56,9 +55,9 @@ _CASES: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
         ["order=", "shuffle=True", "leave one of them out"],
     ),
     "unpicklable transform": (
-        lambda: keras_mp.PoolDataset(_DATA, lambda x, lock=threading.Lock(): x),  # noqa: B008
+        lambda: keras_mp.PoolDataset(_DATA, lambda x, rows=(row for row in _DATA): x),
         keras_mp.KerasMPError,
-        ["transform cannot be sent to worker processes", "lock", "workers=0"],
+        ["transform cannot be sent to worker processes", "generator", "PerWorker", "workers=0"],
     ),
     # numbers
     "batch_size 0": (_made(batch_size=0), ValueError, ["batch_size must be at least 1, got 0"]),

@@ -121,7 +121,8 @@ class MemoryFile:
     """
 
     def __init__(self, package: Package) -> None:
-        parts = [pickle.PickleBuffer(part) for part in (package.body, *(array.data for array in package.buffers))]
+        contents: list[Any] = [package.body, *package.buffers]
+        parts = [pickle.PickleBuffer(content) for content in contents]
         places, size = files.place_buffers(parts)
         try:
             self._segment = Segment(parts, places, size)
