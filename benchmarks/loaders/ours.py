@@ -29,7 +29,7 @@ def over_dask(work: Work, workers: int, epochs: int) -> Feed:
     from distributed import Client, LocalCluster
 
     cluster = LocalCluster(
-        n_workers=workers, threads_per_worker=1, processes=True, protocol="tcp", dashboard_address=None
+        n_workers=workers, threads_per_worker=1, processes=True, protocol="tcp", dashboard_address=":0"
     )
     client = Client(cluster)
     data = _dataset(work, workers, client)

@@ -1,0 +1,131 @@
+"""Executors and clusters as users have them, started and ended."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import multiprocessing
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import keras
+import psutil
+
+
+class Identity(keras.Model):
+    """A model whose training step notes what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def train_step(self, data: Any) -> dict[str, Any]:
+        (x,) = data if isinstance(data, tuple) else (data,)
+        self.seen.append(x.numpy())
+        return {"loss": 0.0}
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[Any]:
+    """The standard library's, by spawn: a process that runs TensorFlow is never forked."""
+    with concurrent.futures.ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as executor:
+        yield executor
+
+
+@contextlib.contextmanager
+def loky_processes() -> Iterator[Any]:
+    """Loky's, whose workers are fresh interpreters."""
+    import loky
+
+    executor = loky.ProcessPoolExecutor(2, context=loky.backend.get_context("loky"))
+    try:
+        yield executor
+    finally:
+        executor.shutdown(kill_workers=True)
+
+
+@contextlib.contextmanager
+def dask_cluster(in_processes: bool = True) -> Iterator[Any]:
+    """A client of two workers, which talk through TCP on loopback."""
+    import dask
+    import distributed
+
+    with dask.config.set({"distributed.comm.timeouts.connect": "5s", "distributed.admin.log-length": 0}):
+        cluster = distributed.LocalCluster(
+            n_workers=2,
+            threads_per_worker=1 if in_processes else 2,
+            processes=in_processes,
+            protocol="tcp" if in_processes else None,
+            dashboard_address=":0",
+        )
+        client = distributed.Client(cluster)
+        try:
+            yield client
+        finally:
+            client.close()
+            cluster.close()
+
+
+@contextlib.contextmanager
+def ray_cluster() -> Iterator[Any]:
+    """Ray with two CPUs."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        yield "ray"
+    finally:
+        ray.shutdown()
+
+
+class Elsewhere(concurrent.futures.Executor):
+    """Runs tasks in one process, where no other's memory can be opened."""
+
+    def __init__(self) -> None:
+        self._processes = concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+
+    def submit(self, function: Any, /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[Any]:
+        return self._processes.submit(_without_proc, pickle.dumps((function, args, kwargs)))
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        self._processes.shutdown(wait, cancel_futures=cancel_futures)
+
+
+def _without_proc(task: bytes) -> Any:
+    import os
+
+    def refuse(path: Any, *arguments: Any, **options: Any) -> Any:
+        if str(path).startswith("/proc/"):
+            raise PermissionError(path)
+        return opened(path, *arguments, **options)
+
+    function, args, kwargs = pickle.loads(task)
+    opened, os.open = os.open, refuse  # type: ignore[assignment]
+    try:
+        return function(*args, **kwargs)
+    finally:
+        os.open = opened
+
+
+POOLS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "processes": processes,
+    "loky": loky_processes,
+    "dask": dask_cluster,
+    "dask in this process": lambda: dask_cluster(in_processes=False),
+    "ray": ray_cluster,
+}
+
+_HELPERS = ("resource_tracker",)  # of the standard library's and loky's, which end with this process
+
+
+def of_this_process() -> list[str]:
+    """The processes that are left of clusters."""
+    left = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            line = " ".join(child.cmdline())
+            if child.status() != psutil.STATUS_ZOMBIE and not any(name in line for name in _HELPERS):
+                left.append(line)
+    return left

@@ -1,0 +1,272 @@
+"""Executors and clusters of the user's: the same data, placed once, and an end that comes (P2, P3, P4)."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import keras_mp
+from tests import clusters
+from tests.census import eventually
+from tests.transforms import Augmented, permuted
+
+pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("clusters"), pytest.mark.timeout(240)]
+
+_SAMPLES, _BATCH, _EPOCHS = 40, 4, 2
+_POOLS = ["processes", "loky", "dask", "dask executor", "dask in this process", "ray"]
+_REPLACING = ["dask", "dask executor", "ray"]  # those that go on when a worker has died
+
+
+@pytest.fixture(scope="module")
+def pools() -> Iterator[Callable[[str], Any]]:
+    """Pools by name, each started at its first use, and ended with the module."""
+    with contextlib.ExitStack() as stack:
+        started: dict[str, Any] = {}
+
+        def pool(name: str) -> Any:
+            if name == "dask executor":
+                return pool("dask").get_executor()
+            if name not in started:
+                started[name] = stack.enter_context(clusters.POOLS[name]())
+            return started[name]
+
+        yield pool
+    assert eventually(lambda: not clusters.of_this_process())
+
+
+def _digests(consume: Callable[[Any], Any], flag: Path | None = None, **options: Any) -> list[bytes]:
+    with keras_mp.PoolDataset(
+        range(_SAMPLES),
+        Augmented(flag),
+        batch_size=_BATCH,
+        batch_transform=permuted,
+        shuffle=True,
+        seed=11,
+        **options,
+    ) as dataset:
+        batches = [np.asarray(batch) for batch in consume(dataset)]
+    assert len(batches) == _EPOCHS * _SAMPLES // _BATCH
+    return [batch.tobytes() for batch in batches]
+
+
+def iterated(dataset: Any) -> Iterator[Any]:
+    for _ in range(_EPOCHS):
+        yield from dataset
+
+
+def fitted(dataset: Any) -> list[Any]:
+    model = clusters.Identity()
+    model.compile(run_eagerly=True)
+    model.fit(dataset, epochs=_EPOCHS, shuffle=False, verbose=0)
+    return model.seen
+
+
+def exported(dataset: Any) -> list[Any]:
+    return [batch.numpy() for batch in dataset.to_tf_dataset(epochs=_EPOCHS)]
+
+
+@pytest.mark.parametrize("name", _POOLS)
+def test_the_data_is_the_same_everywhere(name: str, pools: Callable[[str], Any]) -> None:  # P2
+    expected = _digests(iterated, workers=0)
+    for consume in (iterated, fitted, exported):
+        assert _digests(consume, pool=pools(name)) == expected
+
+
+@pytest.mark.parametrize("name", _REPLACING)
+@pytest.mark.parametrize("consume", [fitted, exported])
+def test_a_killed_worker_changes_nothing(
+    name: str, consume: Callable[[Any], Any], pools: Callable[[str], Any], tmp_path: Path
+) -> None:  # P2
+    flag = tmp_path / "killed"
+    assert _digests(consume, flag, pool=pools(name)) == _digests(iterated, workers=0)
+    assert flag.exists()
+
+
+class _Counted:
+    """A source that leaves a file for each process that unpickles it."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        self.folder = folder
+        self.data = np.arange(size, dtype=np.float64)
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> Any:
+        return np.full(4, self.data[index])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        with open(self.folder / str(os.getpid()), "a") as file:
+            file.write("x")
+
+
+@pytest.mark.parametrize("name", ["processes", "loky", "dask", "ray"])
+def test_the_source_is_unpickled_once_in_each_worker(name: str, pools: Callable[[str], Any], tmp_path: Path) -> None:
+    source = _Counted(tmp_path, 1_000_000)
+    with keras_mp.PoolDataset(source, batch_size=2, pool=pools(name)) as dataset:
+        for _ in range(2):
+            assert [int(batch[0, 0]) for batch in dataset] == list(range(0, 64, 2))
+    marks = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert marks
+    assert set(marks.values()) == {"x"}
+
+
+@pytest.mark.parametrize("name", ["processes", "dask", "ray"])
+def test_what_is_changed_between_epochs_reaches_the_workers(name: str, pools: Callable[[str], Any]) -> None:
+    source = np.zeros((8, 2))
+    with keras_mp.PoolDataset(source, batch_size=4, pool=pools(name)) as dataset:
+        for value in (0.0, 1.0, 1.0, 2.0):
+            source[:] = value
+            assert {float(number) for batch in dataset for number in batch.ravel()} == {value}
+
+
+@pytest.mark.parametrize("name", ["processes", "dask", "ray"])
+def test_batches_can_be_written_to(name: str, pools: Callable[[str], Any]) -> None:
+    with keras_mp.PoolDataset(np.ones((8, 1000)), batch_size=4, pool=pools(name)) as dataset:
+        for batch in dataset:
+            assert batch.ctypes.data % 64 == 0
+            batch += 1
+            assert batch.min() == 2
+
+
+@pytest.mark.parametrize("name", _POOLS)
+def test_an_error_names_sample_and_batch(name: str, pools: Callable[[str], Any]) -> None:
+    from tests.transforms import fail_on_seven
+
+    with keras_mp.PoolDataset(range(16), fail_on_seven, batch_size=4, pool=pools(name)) as dataset:
+        with pytest.raises(ValueError, match="sample 7 .*batch 1 of epoch 0") as caught:
+            list(dataset)
+    assert isinstance(caught.value, keras_mp.SampleError)
+
+
+def test_nothing_stays_in_a_cluster_after_close(pools: Callable[[str], Any]) -> None:  # P4
+    client = pools("dask")
+    with keras_mp.PoolDataset(np.ones((64, 1000)), batch_size=2, pool=client) as dataset:
+        next(iter(dataset))
+        assert client.who_has()
+    assert eventually(lambda: not client.who_has())
+
+
+# -- ends ------------------------------------------------------------------------------------------------------------
+
+
+class _Deadly:
+    def __call__(self, sample: int) -> int:
+        if sample == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return sample
+
+
+@pytest.mark.parametrize("name", ["processes", "loky"])
+def test_an_executor_that_breaks_is_an_error_that_names_the_batch(name: str) -> None:  # P3
+    with clusters.POOLS[name]() as pool:
+        dataset = keras_mp.PoolDataset(range(16), _Deadly(), batch_size=4, pool=pool, max_queue_size=1)
+        with dataset, pytest.raises(keras_mp.WorkerCrashed, match="batch 2 of epoch 0.*new one") as caught:
+            list(dataset)
+        assert isinstance(caught.value.__cause__, concurrent.futures.BrokenExecutor)
+
+
+@pytest.mark.parametrize("name", ["dask", "ray"])
+def test_a_sample_that_ends_one_worker_after_the_other(name: str, pools: Callable[[str], Any]) -> None:  # P3
+    pool = pools(name)
+    dataset = keras_mp.PoolDataset(range(16), _Deadly(), batch_size=4, pool=pool, max_queue_size=1)
+    with dataset, pytest.raises(keras_mp.WorkerCrashed, match="batch 2 of epoch 0"):
+        list(dataset)
+
+
+class _Slow:
+    """Hangs on one sample, after it has said so."""
+
+    def __init__(self, reached: Path) -> None:
+        self.reached = reached
+
+    def __call__(self, sample: int) -> int:
+        if sample == 4:
+            self.reached.touch()
+            signal.pause() if multiprocessing.parent_process() is None else _sleep()
+        return sample
+
+
+def _sleep() -> None:
+    import threading
+
+    threading.Event().wait(600)
+
+
+def test_a_dask_cluster_that_is_gone_is_an_error_that_names_the_batch(tmp_path: Path) -> None:  # P3
+    with clusters.dask_cluster() as client:
+        dataset = keras_mp.PoolDataset(range(16), _Slow(tmp_path / "x"), batch_size=4, pool=client, max_queue_size=1)
+        with dataset:
+            batches = iter(dataset)
+            next(batches)
+            assert eventually((tmp_path / "x").exists, 60)
+            client.cluster.close()
+            with pytest.raises(keras_mp.WorkerCrashed, match="batch 1 of epoch 0"):
+                next(batches)
+
+
+def test_a_client_that_has_been_closed_is_an_error_that_names_the_batch() -> None:  # P3
+    with clusters.dask_cluster() as client:
+        with keras_mp.PoolDataset(range(16), batch_size=4, pool=client, max_queue_size=1) as dataset:
+            batches = iter(dataset)
+            next(batches)
+            client.close()
+            with pytest.raises(keras_mp.KerasMPError, match=r"batch \d of epoch 0"):
+                list(batches)
+
+
+def test_a_ray_that_has_been_shut_down_is_an_error_that_names_the_batch(tmp_path: Path) -> None:  # P3
+    import ray
+
+    with clusters.ray_cluster() as pool:
+        dataset = keras_mp.PoolDataset(range(16), _Slow(tmp_path / "x"), batch_size=4, pool=pool, max_queue_size=1)
+        with dataset:
+            batches = iter(dataset)
+            next(batches)
+            assert eventually((tmp_path / "x").exists, 60)
+            ray.shutdown()
+            with pytest.raises(keras_mp.PoolClosed, match="batch 1 of epoch 0.*ray.shutdown"):
+                next(batches)
+
+
+@pytest.mark.parametrize("name", ["processes", "loky"])
+def test_an_executor_that_has_been_shut_down(name: str) -> None:
+    with clusters.POOLS[name]() as pool:
+        pool.shutdown()
+        with keras_mp.PoolDataset(range(4), batch_size=2, pool=pool) as dataset:
+            with pytest.raises(keras_mp.PoolClosed, match="batch 0 of epoch 0.*keep it open"):
+                list(dataset)
+
+
+def test_an_executor_whose_processes_are_elsewhere_is_sent_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    with clusters.Elsewhere() as pool, keras_mp.PoolDataset(np.arange(16), batch_size=4, pool=pool) as dataset:
+        assert np.concatenate(list(dataset)).tolist() == list(range(16))
+        assert np.concatenate(list(dataset)).tolist() == list(range(16))
+
+
+def test_an_asynchronous_client_is_refused(pools: Callable[[str], Any]) -> None:
+    import distributed
+
+    client = distributed.Client(pools("dask").scheduler.address, asynchronous=True)
+    try:
+        with pytest.raises(ValueError, match="asynchronous=False"):
+            keras_mp.PoolDataset(range(4), pool=client)
+    finally:
+        client.close()
+
+
+def test_worker_processes_import_no_keras(pools: Callable[[str], Any]) -> None:
+    from tests.transforms import process_facts
+
+    with keras_mp.PoolDataset(range(4), process_facts, batch_size=2, pool=pools("dask")) as dataset:
+        assert {str(name) for batch in dataset for name in batch["heavy"]} == {""}
