@@ -10,21 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
-import keras
 import psutil
-
-
-class Identity(keras.Model):
-    """A model whose training step notes what it was given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Any] = []
-
-    def train_step(self, data: Any) -> dict[str, Any]:
-        (x,) = data if isinstance(data, tuple) else (data,)
-        self.seen.append(x.numpy())
-        return {"loss": 0.0}
 
 
 @contextlib.contextmanager

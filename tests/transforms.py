@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,3 +82,44 @@ class Augmented:
 def permuted(batch: Any, rng: np.random.Generator) -> Any:
     """Permutes the batch's rows and adds global noise: randomness of the batch as a whole."""
     return batch[rng.permutation(len(batch))] + np.array([0, 0, random.random(), np.random.rand()])
+
+
+class Counted:
+    """A source that notes in a file of the process's own each time that it is unpickled."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        self.folder = folder
+        self.data = np.arange(size, dtype=np.float64)
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> Any:
+        return np.full(4, self.data[index])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        with open(self.folder / str(os.getpid()), "a") as file:
+            file.write("x")
+
+
+class Deadly:
+    """Kills its process on one sample, every time."""
+
+    def __call__(self, sample: int) -> int:
+        if sample == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return sample
+
+
+class Hangs:
+    """Hangs on one sample, after it has said so."""
+
+    def __init__(self, reached: Path) -> None:
+        self.reached = reached
+
+    def __call__(self, sample: int) -> int:
+        if sample == 4:
+            self.reached.touch()
+            threading.Event().wait(600)
+        return sample

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import multiprocessing
-import os
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 
 import keras_mp
 from tests import clusters
 from tests.census import eventually
-from tests.transforms import Augmented, permuted
+from tests.transforms import Augmented, Counted, Deadly, Hangs, fail_on_seven, permuted, process_facts
 
 pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("clusters"), pytest.mark.timeout(240)]
 
@@ -63,8 +61,21 @@ def iterated(dataset: Any) -> Iterator[Any]:
         yield from dataset
 
 
+class Identity(keras.Model):
+    """A model whose training step notes what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def train_step(self, data: Any) -> dict[str, Any]:
+        (x,) = data if isinstance(data, tuple) else (data,)
+        self.seen.append(x.numpy())
+        return {"loss": 0.0}
+
+
 def fitted(dataset: Any) -> list[Any]:
-    model = clusters.Identity()
+    model = Identity()
     model.compile(run_eagerly=True)
     model.fit(dataset, epochs=_EPOCHS, shuffle=False, verbose=0)
     return model.seen
@@ -91,28 +102,9 @@ def test_a_killed_worker_changes_nothing(
     assert flag.exists()
 
 
-class _Counted:
-    """A source that leaves a file for each process that unpickles it."""
-
-    def __init__(self, folder: Path, size: int) -> None:
-        self.folder = folder
-        self.data = np.arange(size, dtype=np.float64)
-
-    def __len__(self) -> int:
-        return 64
-
-    def __getitem__(self, index: int) -> Any:
-        return np.full(4, self.data[index])
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        with open(self.folder / str(os.getpid()), "a") as file:
-            file.write("x")
-
-
 @pytest.mark.parametrize("name", ["processes", "loky", "dask", "ray"])
 def test_the_source_is_unpickled_once_in_each_worker(name: str, pools: Callable[[str], Any], tmp_path: Path) -> None:
-    source = _Counted(tmp_path, 1_000_000)
+    source = Counted(tmp_path, 1_000_000)
     with keras_mp.PoolDataset(source, batch_size=2, pool=pools(name)) as dataset:
         for _ in range(2):
             assert [int(batch[0, 0]) for batch in dataset] == list(range(0, 64, 2))
@@ -141,8 +133,6 @@ def test_batches_can_be_written_to(name: str, pools: Callable[[str], Any]) -> No
 
 @pytest.mark.parametrize("name", _POOLS)
 def test_an_error_names_sample_and_batch(name: str, pools: Callable[[str], Any]) -> None:
-    from tests.transforms import fail_on_seven
-
     with keras_mp.PoolDataset(range(16), fail_on_seven, batch_size=4, pool=pools(name)) as dataset:
         with pytest.raises(ValueError, match="sample 7 .*batch 1 of epoch 0") as caught:
             list(dataset)
@@ -160,17 +150,10 @@ def test_nothing_stays_in_a_cluster_after_close(pools: Callable[[str], Any]) -> 
 # -- ends ------------------------------------------------------------------------------------------------------------
 
 
-class _Deadly:
-    def __call__(self, sample: int) -> int:
-        if sample == 9:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return sample
-
-
 @pytest.mark.parametrize("name", ["processes", "loky"])
 def test_an_executor_that_breaks_is_an_error_that_names_the_batch(name: str) -> None:  # P3
     with clusters.POOLS[name]() as pool:
-        dataset = keras_mp.PoolDataset(range(16), _Deadly(), batch_size=4, pool=pool, max_queue_size=1)
+        dataset = keras_mp.PoolDataset(range(16), Deadly(), batch_size=4, pool=pool, max_queue_size=1)
         with dataset, pytest.raises(keras_mp.WorkerCrashed, match="batch 2 of epoch 0.*new one") as caught:
             list(dataset)
         assert isinstance(caught.value.__cause__, concurrent.futures.BrokenExecutor)
@@ -179,33 +162,14 @@ def test_an_executor_that_breaks_is_an_error_that_names_the_batch(name: str) -> 
 @pytest.mark.parametrize("name", ["dask", "ray"])
 def test_a_sample_that_ends_one_worker_after_the_other(name: str, pools: Callable[[str], Any]) -> None:  # P3
     pool = pools(name)
-    dataset = keras_mp.PoolDataset(range(16), _Deadly(), batch_size=4, pool=pool, max_queue_size=1)
+    dataset = keras_mp.PoolDataset(range(16), Deadly(), batch_size=4, pool=pool, max_queue_size=1)
     with dataset, pytest.raises(keras_mp.WorkerCrashed, match="batch 2 of epoch 0"):
         list(dataset)
 
 
-class _Slow:
-    """Hangs on one sample, after it has said so."""
-
-    def __init__(self, reached: Path) -> None:
-        self.reached = reached
-
-    def __call__(self, sample: int) -> int:
-        if sample == 4:
-            self.reached.touch()
-            signal.pause() if multiprocessing.parent_process() is None else _sleep()
-        return sample
-
-
-def _sleep() -> None:
-    import threading
-
-    threading.Event().wait(600)
-
-
 def test_a_dask_cluster_that_is_gone_is_an_error_that_names_the_batch(tmp_path: Path) -> None:  # P3
     with clusters.dask_cluster() as client:
-        dataset = keras_mp.PoolDataset(range(16), _Slow(tmp_path / "x"), batch_size=4, pool=client, max_queue_size=1)
+        dataset = keras_mp.PoolDataset(range(16), Hangs(tmp_path / "x"), batch_size=4, pool=client, max_queue_size=1)
         with dataset:
             batches = iter(dataset)
             next(batches)
@@ -229,7 +193,7 @@ def test_a_ray_that_has_been_shut_down_is_an_error_that_names_the_batch(tmp_path
     import ray
 
     with clusters.ray_cluster() as pool:
-        dataset = keras_mp.PoolDataset(range(16), _Slow(tmp_path / "x"), batch_size=4, pool=pool, max_queue_size=1)
+        dataset = keras_mp.PoolDataset(range(16), Hangs(tmp_path / "x"), batch_size=4, pool=pool, max_queue_size=1)
         with dataset:
             batches = iter(dataset)
             next(batches)
@@ -266,7 +230,5 @@ def test_an_asynchronous_client_is_refused(pools: Callable[[str], Any]) -> None:
 
 
 def test_worker_processes_import_no_keras(pools: Callable[[str], Any]) -> None:
-    from tests.transforms import process_facts
-
     with keras_mp.PoolDataset(range(4), process_facts, batch_size=2, pool=pools("dask")) as dataset:
         assert {str(name) for batch in dataset for name in batch["heavy"]} == {""}
