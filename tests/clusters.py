@@ -38,7 +38,7 @@ def dask_cluster(in_processes: bool = True) -> Iterator[Any]:
     import dask
     import distributed
 
-    with dask.config.set({"distributed.comm.timeouts.connect": "5s", "distributed.admin.log-length": 0}):
+    with dask.config.set({"distributed.comm.timeouts.connect": "10s"}):
         cluster = distributed.LocalCluster(
             n_workers=2,
             threads_per_worker=1 if in_processes else 2,
@@ -59,7 +59,7 @@ def ray_cluster() -> Iterator[Any]:
     """Ray with two CPUs."""
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=40)
     try:
         yield "ray"
     finally:
@@ -88,7 +88,7 @@ def _without_proc(task: bytes) -> Any:
         return opened(path, *arguments, **options)
 
     function, args, kwargs = pickle.loads(task)
-    opened, os.open = os.open, refuse  # type: ignore[assignment]
+    opened, os.open = os.open, refuse
     try:
         return function(*args, **kwargs)
     finally:

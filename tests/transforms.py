@@ -123,3 +123,16 @@ class Hangs:
             self.reached.touch()
             threading.Event().wait(600)
         return sample
+
+
+class KillsOnce:
+    """Draws from `rng` alone; once, on one sample, it kills its process."""
+
+    def __init__(self, flag: Path) -> None:
+        self.flag = flag
+
+    def __call__(self, sample: int, rng: np.random.Generator) -> Any:
+        if sample == 17 and not self.flag.exists():
+            self.flag.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return np.array([sample, rng.random()])

@@ -27,6 +27,7 @@ from keras_mp.errors import KerasMPError, WorkerCrashed
 from keras_mp.plan.request import Request
 
 _REACH_TIMEOUT_S = 2.0
+_SCATTER_TIMEOUT_S = 60.0  # for a worker to be there
 _POLL_S = 0.05
 
 
@@ -91,7 +92,9 @@ class DaskBackend:
         """Sends the package to every worker; the future of it, for as long as which they keep it."""
         self._wait_for_scheduler()
         try:
-            return self._client.scatter(package, broadcast=True, hash=False, direct=self._direct or None)
+            return self._client.scatter(
+                package, broadcast=True, hash=False, timeout=max(self._timeout_s, _SCATTER_TIMEOUT_S)
+            )
         except Exception as error:
             raise WorkerCrashed(
                 f"Dask has no worker that takes the dataset's source and functions: {type(error).__name__}: {error}\n"
@@ -130,6 +133,8 @@ class DaskBackend:
             )
             killed.__cause__ = error
             return killed
+        if self._client.status != "running" and not isinstance(error, KerasMPError):
+            return self._gone(batch)
         if isinstance(error, WorkerCrashed) and batch not in str(error):
             return WorkerCrashed(f"{batch} cannot be loaded: {error}")
         return broken_or_shut_down(error, batch, "Dask client")

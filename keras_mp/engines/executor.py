@@ -113,6 +113,7 @@ class ExecutorEngine(FuturesEngine):
             self._futures.popitem()[1].cancel()
         if self._load.placed is not None:
             self._load.placed.close()
+            remote.drop_closed()  # an executor may run pickled tasks in this process
         self._backend.close()
 
     def stats(self) -> dict[str, Any]:

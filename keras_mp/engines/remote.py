@@ -14,14 +14,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from keras_mp.engines.isolation import ThreadLoader
+from keras_mp.engines.isolation import ThreadIsolation, ThreadLoader
 from keras_mp.engines.package import Bytes, Key, Package, Place
-from keras_mp.errors import KerasMPError, SampleFailure
+from keras_mp.engines.processes import shared_pool
+from keras_mp.errors import KerasMPError, SampleFailure, WorkerCrashed
 from keras_mp.loading.base import Loaded, Loader
 from keras_mp.loading.in_process import load_in_process
 from keras_mp.loading.timing import Work
 from keras_mp.memory import pickling
 from keras_mp.plan.request import Request
+from keras_mp.workers.client import PoolClient
 from keras_mp.workers.messages import Failed, failed_batch
 
 _MAX_LOADERS = 8
@@ -55,15 +57,39 @@ class Batch(NamedTuple):
             raise KerasMPError(f"a batch came back, but cannot be unpickled here: {error!r}") from error
 
 
-class _Kept(NamedTuple):
-    loader: Loader
-    in_threads: ThreadLoader
-    place: Place | weakref.ref[Package]
+class _Kept:
+    """A loader that this process keeps.
+
+    On the main thread of a process of one thread it loads as our own workers do. Elsewhere, other threads may draw from
+    the shared generators, as a cluster's own threads do at any moment: so what draws from them is loaded by a worker of
+    ours beside this process (P2). Whatever does not, and that is most, is loaded here.
+    """
+
+    def __init__(self, loader: Loader, place: Place | weakref.ref[Package]) -> None:
+        self._loader = loader
+        self._place = place
+        self._isolation = ThreadIsolation()
+        self._in_threads = ThreadLoader(loader, self._isolation)
+        self._beside: PoolClient | None = None
+        self._lock = threading.Lock()
 
     @property
     def is_held(self) -> bool:
-        place = self.place() if isinstance(self.place, weakref.ref) else self.place
+        place = self._place() if isinstance(self._place, weakref.ref) else self._place
         return place is not None and place.is_held
+
+    def load(self, request: Request) -> Loaded:
+        if threading.current_thread() is threading.main_thread():
+            return load_in_process(self._loader, request)
+        if not self._isolation.is_exclusive:
+            loaded = self._in_threads.load(request)
+            if not self._isolation.is_exclusive:
+                return loaded
+        with self._lock:
+            if self._beside is None:
+                self._beside = shared_pool(1).client(self._loader)
+            (job,) = self._beside.submit([request])
+        return self._beside.result(job)
 
 
 _loaders: dict[Key, _Kept] = {}  # the last used ones last
@@ -77,16 +103,17 @@ def load(key: Key, place: Place, request: Request) -> Batch | Failed | Missing:
         key: whose loader.
         place: where the loader lies, should this process not have it yet.
         request: which batch.
+
+    Raises:
+        WorkerCrashed: it has ended workers of ours beside this process.
     """
     try:
         kept = _kept(key, place)
         if kept is None:
             return Missing()
-        # Processes mostly have their tasks on the main thread, where no other can run meanwhile.
-        if threading.current_thread() is threading.main_thread():
-            loaded = load_in_process(kept.loader, request)
-        else:
-            loaded = kept.in_threads.load(request)
+        loaded = kept.load(request)
+    except WorkerCrashed:
+        raise
     except Exception as error:  # many exceptions do not survive an executor's pickling; the reply does
         return failed_batch(error, request)
     try:
@@ -102,20 +129,24 @@ def _packed(loaded: Loaded) -> Batch:
     return Batch(header, arrays, loaded.failures, loaded.work, loaded.nbytes)
 
 
+def drop_closed() -> None:
+    """Lets go of the loaders in this process whose datasets are known to be closed."""
+    for key, kept in list(_loaders.items()):
+        if not kept.is_held:
+            _loaders.pop(key, None)
+
+
 def _kept(key: Key, place: Place) -> _Kept | None:
     with _lock:
         kept = _loaders.pop(key, None)
         if kept is None:
-            for other, old in list(_loaders.items()):
-                if not old.is_held:
-                    _loaders.pop(other, None)
+            drop_closed()
             package = place.open()
             if package is None:
                 return None
-            loader = package.unpack()
             # A package that a cluster keeps here for its owner goes when the dataset is closed, and the loader with it.
             held = weakref.ref(package, lambda _: _loaders.pop(key, None)) if package is place else place
-            kept = _Kept(loader, ThreadLoader(loader), held)
+            kept = _Kept(package.unpack(), held)
             while len(_loaders) >= _MAX_LOADERS:
                 _loaders.pop(next(iter(_loaders)), None)
         _loaders[key] = kept
