@@ -198,20 +198,6 @@ def test_a_client_that_has_been_closed_is_an_error_that_names_the_batch() -> Non
                 list(batches)
 
 
-def test_a_ray_that_has_been_shut_down_is_an_error_that_names_the_batch(tmp_path: Path) -> None:  # P3
-    import ray
-
-    with clusters.ray_cluster() as pool:
-        dataset = keras_mp.PoolDataset(range(16), Hangs(tmp_path / "x"), batch_size=4, pool=pool, max_queue_size=1)
-        with dataset:
-            batches = iter(dataset)
-            next(batches)
-            assert eventually((tmp_path / "x").exists, 60)
-            ray.shutdown()
-            with pytest.raises(keras_mp.PoolClosed, match="batch 1 of epoch 0.*ray.shutdown"):
-                next(batches)
-
-
 @pytest.mark.parametrize("name", ["processes", "loky"])
 def test_an_executor_that_has_been_shut_down(name: str) -> None:
     with clusters.POOLS[name]() as pool:
@@ -241,3 +227,18 @@ def test_an_asynchronous_client_is_refused(pools: Callable[[str], Any]) -> None:
 def test_worker_processes_import_no_keras(pools: Callable[[str], Any]) -> None:
     with keras_mp.PoolDataset(range(4), process_facts, batch_size=2, pool=pools("dask")) as dataset:
         assert {str(name) for batch in dataset for name in batch["heavy"]} == {""}
+
+
+def test_a_ray_that_has_been_shut_down_is_an_error_that_names_the_batch(
+    pools: Callable[[str], Any], tmp_path: Path
+) -> None:  # P3; the last test, as it ends the Ray of them all
+    import ray
+
+    reached = tmp_path / "reached"
+    with keras_mp.PoolDataset(range(16), Hangs(reached), batch_size=4, pool=pools("ray"), max_queue_size=1) as dataset:
+        batches = iter(dataset)
+        next(batches)
+        assert eventually(reached.exists, 60)
+        ray.shutdown()
+        with pytest.raises(keras_mp.PoolClosed, match=r"batch 1 of epoch 0.*ray\.shutdown"):
+            next(batches)
