@@ -27,7 +27,6 @@ from keras_mp.engines.choice import EngineChoice, Running
 from keras_mp.engines.prefetch import Prefetch
 from keras_mp.errors import PoolClosed, SampleError, warn_user
 from keras_mp.loading.base import Loaded, Loader
-from keras_mp.loading.collate import with_tuples
 from keras_mp.loading.failures import FailureLog
 from keras_mp.plan.batching import Batching
 from keras_mp.plan.iteration import Iteration
@@ -36,6 +35,7 @@ from keras_mp.plan.position import Position
 from keras_mp.plan.progress import BatchKey
 from keras_mp.plan.request import Request
 from keras_mp.stats import ServedSoFar
+from keras_mp.tensors import for_tensorflow
 
 
 class Bridge(keras.utils.PyDataset):
@@ -46,7 +46,6 @@ class Bridge(keras.utils.PyDataset):
         plan: which samples make it.
         choice: where it is made.
         seed_is_drawn: whether the plan's seed is none of the user's.
-        max_queue_size: batches in flight at most, those ready but not yet taken included.
         max_failures: how many samples of an epoch may fail: a count (int), a share (float), or None for no limit.
     """
 
@@ -57,13 +56,12 @@ class Bridge(keras.utils.PyDataset):
         choice: EngineChoice,
         *,
         seed_is_drawn: bool,
-        max_queue_size: int,
         max_failures: float | None,
     ) -> None:
         super().__init__(
             workers=choice.workers if choice.by_keras else 1,
             use_multiprocessing=choice.by_keras,
-            max_queue_size=max_queue_size,
+            max_queue_size=choice.queue_size,
         )
         self._loader = loader
         self._choice = choice
@@ -85,7 +83,7 @@ class Bridge(keras.utils.PyDataset):
         self._lock = threading.RLock()
         self._served_so_far = ServedSoFar()
         self._runtime: Running | None = None
-        self._prefetch = Prefetch(0 if self._choice.is_inline else self.max_queue_size)
+        self._prefetch = Prefetch(self._choice.limit())
         self._hook_is_due = False
 
     # -- batches -------------------------------------------------------------------------------------------------
@@ -133,27 +131,27 @@ class Bridge(keras.utils.PyDataset):
             engine = self._running().engine
             asked, handle = self._ask(index, by_keras)
         on_tensorflow = by_keras and keras.backend.backend() == "tensorflow"
-        self._served_so_far.wait_is_of_training = not on_tensorflow
+        self._served_so_far.begin(not on_tensorflow, asked is not None and asked.is_first)
         batch = self._served(engine.result, handle)
         if asked is not None:
             with self._lock:
                 self._position.hand_out(asked)
                 self._served_so_far.handed_out.add(asked.run is not None)
-        return with_tuples(batch) if on_tensorflow else batch
+                self._prefetch.top_up()
+        return for_tensorflow(batch) if on_tensorflow else batch
 
     def _ask(self, index: int, by_keras: bool) -> tuple[Asked | None, Any]:
         """What `dataset[index]` is, and the engine's handle of it."""
         if self._plan.is_endless:
-            keys = zip(itertools.repeat(self._position.epoch), itertools.count(index, self._stride))
+            keys = zip(itertools.repeat(self._position.epoch), itertools.count(index + self._stride, self._stride))
             return None, self._look(index, (self._position.epoch, index), keys)
         self._run_due_hook()
         epoch = self._position.epoch
         asked = self._position.ask(index, by_keras, self._stride)
         if self._position.epoch != epoch:
             self._failures.warn(epoch)
-        run = asked.run
-        if run is None:
-            return asked, self._look(index, asked.key, map(self._position.look, range(index, len(self))))
+        if (run := asked.run) is None:
+            return asked, self._look(index, asked.key, map(self._position.look, range(index + 1, len(self))))
         if asked.is_first:
             if self._prefetch.expected != run.base:
                 rest = itertools.chain([asked.key], self._position.rest(run))
@@ -165,7 +163,8 @@ class Bridge(keras.utils.PyDataset):
         return asked, handle
 
     def _look(self, index: int, key: BatchKey, keys: Iterator[BatchKey]) -> Any:
-        return self._prefetch.look(self._running().engine, index, self._stride, key, self._requests(keys))
+        requests = self._requests(itertools.chain([key], keys))
+        return self._prefetch.look(self._running().engine, index, self._stride, key, requests)
 
     def _requests(self, keys: Iterator[BatchKey]) -> Iterator[Request]:
         plan = self._position.plan
@@ -194,7 +193,7 @@ class Bridge(keras.utils.PyDataset):
             requests = self._requests(key for *_, key in iteration.places())
             ahead = self._prefetch.open(self._running().engine, requests)
             moves = self._position.moves
-        self._served_so_far.wait_is_of_training = not claim
+        self._served_so_far.begin(not claim)
         batches: list[Any] = []
         told, ended = iteration.first_epoch, False
         try:
@@ -330,10 +329,11 @@ class Bridge(keras.utils.PyDataset):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _part(self, plan: Batching) -> Self:
-        """A dataset like this one, of another plan."""
+    def _part(self, plan: Batching, choice: EngineChoice | None = None) -> Self:
+        """A dataset like this one, of another plan, its batches maybe made elsewhere."""
         part = copy.copy(self)
-        part._choice = self._choice
+        part._choice = choice or self._choice
+        part._make_runtime_state()
         part._set_plan(plan)
         part._position.set_epoch(self.epoch)
         return part

@@ -90,6 +90,15 @@ def check_count(value: Any, name: str, least: int = 1) -> int:
     return number
 
 
+def check_count_or_none(value: Any, name: str) -> int | None:
+    """A whole number of at least 1, or None.
+
+    Raises:
+        TypeError, ValueError: it is neither.
+    """
+    return None if value is None else check_count(value, name)
+
+
 def check_callable(value: Any, name: str) -> Any:
     """A callable or None.
 
@@ -163,6 +172,18 @@ def usable_cores() -> int:
         if quota != "max":
             cores = min(cores, -(-int(quota) // int(period)))
     return max(1, cores)
+
+
+def available_memory() -> int:
+    """Bytes of memory that this process may still take: what the system has available, within its cgroup's limit."""
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        with open("/proc/meminfo") as file:
+            available = 1024 * next(int(line.split()[1]) for line in file if line.startswith("MemAvailable:"))
+    with contextlib.suppress(OSError, ValueError):
+        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
+            available = min(available, max(0, int(limit.read()) - int(used.read())))
+    return available
 
 
 def check_workers(workers: int | None) -> int:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from typing import Any
+from typing import Any, Literal
 
 import keras
+import numpy as np
 
 from keras_mp import checks
 from keras_mp.engines.choice import EngineChoice, Pool
+from keras_mp.engines.measure import measure_lengths
+from keras_mp.errors import short_repr
 from keras_mp.loaded import LoadedDataset
 from keras_mp.loading.batch_loader import BatchLoader
 from keras_mp.loading.flows import FlowBatches, is_flow
 from keras_mp.loading.loader import OnError, SampleLoader
 from keras_mp.memory.pickling import dump_user_object
 from keras_mp.plan.batching import ENDLESS, Batching
+from keras_mp.plan.buckets import Buckets
+from keras_mp.plan.orders import DrawnOrder
+from keras_mp.plan.shuffle import Indices
 
 
 class PoolDataset(LoadedDataset):
@@ -34,10 +40,14 @@ class PoolDataset(LoadedDataset):
         shuffle: a new permutation of the samples in every epoch.
         seed: root of all randomness. None: drawn once, shown in `repr`.
         drop_remainder: leave out the last batch if it is not full.
-        workers: worker processes. None: the usable cores. 0: load in-process.
+        workers: worker processes. None: the usable cores. 0: load in-process. "auto": begins with the usable cores and
+            finds, while the first epoch runs, how many are enough; the data stays the same.
         use_multiprocessing: False: threads instead of processes. They share the source and the functions, and one that
             hangs cannot be ended: `close()` leaves it behind.
-        max_queue_size: batches in flight, those ready but not yet taken included.
+        max_queue_size: batches in flight, those ready but not yet taken included. None: two for each worker, but at
+            least ten.
+        max_queue_bytes: bytes of the arrays in these batches, which may lower their number, but not below one. None: a
+            quarter of the memory that is available when the dataset is made.
         on_error: what a failing sample does: "raise"; "skip", leave it out, which makes the batch smaller; "replace",
             by the nearest good sample before it in the batch (or the first good one), which keeps the batch's shape.
             A batch without a good sample is made of samples from elsewhere in the epoch. Where shapes differ in a
@@ -54,7 +64,11 @@ class PoolDataset(LoadedDataset):
             "keras": Keras's own process pool runs `dataset[i]`.
         order: callable (epoch, rng) -> sample indices, for weighted or curriculum sampling, in place of `shuffle`. May
             be longer or shorter than the source, but of the same length in every epoch. A sample that comes again in an
-            epoch gets other random numbers.
+            epoch gets other random numbers. `keras_mp.balanced` and `keras_mp.weighted` make such orders.
+        buckets: `keras_mp.Buckets`: batches of samples of like length, which come mixed, in an order drawn from (seed,
+            epoch). `shuffle` then permutes the samples of each bucket, `batch_size` is that of buckets which say none,
+            and `drop_remainder` leaves out what does not fill a batch of its bucket. Lengths that a function tells are
+            evaluated now, by the workers, without `timeout`.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of range.
@@ -72,15 +86,17 @@ class PoolDataset(LoadedDataset):
         shuffle: bool = False,
         seed: int | None = None,
         drop_remainder: bool = False,
-        workers: int | None = None,
+        workers: int | Literal["auto"] | None = None,
         use_multiprocessing: bool = True,
-        max_queue_size: int = 10,
+        max_queue_size: int | None = None,
+        max_queue_bytes: int | None = None,
         on_error: OnError = "raise",
         max_failures: float | None = None,
         retries: int = 0,
         timeout: float | None = None,
         pool: Pool = None,
         order: Callable[..., Any] | None = None,
+        buckets: Buckets | None = None,
     ) -> None:
         length = checks.check_source(source)
         checks.check_choice(on_error, "on_error", ("raise", "skip", "replace"))
@@ -88,6 +104,15 @@ class PoolDataset(LoadedDataset):
             raise ValueError(
                 "order= decides the order of samples, so shuffle=True has no meaning; leave one of them out"
             )
+        if not isinstance(buckets, Buckets | None):
+            raise TypeError(f"buckets must be a keras_mp.Buckets or None, got {short_repr(buckets, 80)}")
+        if order is not None and buckets is not None:
+            raise ValueError(
+                "order= may draw any number of samples from a bucket, so buckets= could not give every epoch the same "
+                "number of batches; leave one of them out"
+            )
+        if isinstance(order, DrawnOrder):
+            order.check(length)
         loader: SampleLoader = SampleLoader(
             source,
             checks.check_callable(transform, "transform"),
@@ -97,25 +122,18 @@ class PoolDataset(LoadedDataset):
             on_error,
             checks.check_count(retries, "retries", 0),
         )
-        plan = Batching(
-            length,
-            checks.check_count(batch_size, "batch_size"),
-            bool(shuffle),
-            loader.seed,
-            bool(drop_remainder),
-            order=checks.check_callable(order, "order"),
-        )
-        if plan.num_batches == 0:
-            raise ValueError(
-                f"drop_remainder=True leaves no batch: {plan.epoch_length} samples are fewer than "
-                f"batch_size={batch_size}"
-            )
+        choice = EngineChoice.of(workers, use_multiprocessing, pool, timeout, max_queue_size, max_queue_bytes)
+        batching = checks.check_count(batch_size, "batch_size"), bool(shuffle), loader.seed, bool(drop_remainder)
+        if buckets is None:
+            plan = Batching(length, *batching, order=checks.check_callable(order, "order"))
+        else:
+            plan = buckets.plan(_lengths_of(buckets, length, choice, loader), *batching)
+        plan.check()
         super().__init__(
             loader,
             plan,
-            EngineChoice.of(workers, use_multiprocessing, pool, timeout),
+            choice,
             seed_is_drawn=seed is None,
-            max_queue_size=checks.check_count(max_queue_size, "max_queue_size"),
             max_failures=checks.check_max_failures(max_failures),
         )
         if self._choice.shares_pool:
@@ -127,16 +145,33 @@ class PoolDataset(LoadedDataset):
         plan, loader = self._plan, self._loader
         if not isinstance(loader, SampleLoader) or loader.on_error == "skip" or loader.collate:
             return None
-        whole = plan.drop_remainder or plan.epoch_length % (plan.batch_size * plan.num_shards) == 0
-        return plan.batch_size if whole else None
+        return plan.uniform_size
 
     def __repr__(self) -> str:
         plan = self._plan
         shard = f", shard={plan.shard} of {plan.num_shards}" if plan.num_shards > 1 else ""
         return (
-            f"PoolDataset({plan.length} samples, {plan.num_batches} batches of {plan.batch_size}, "
-            f"shuffle={plan.shuffle}, seed={plan.seed}, epoch={self.epoch}, {self._choice}{shard})"
+            f"PoolDataset({plan.length} samples, {plan.num_batches} batches of {plan.describe_size()}, "
+            f"shuffle={plan.shuffle}, seed={plan.seed}, epoch={self.epoch}, {self._where}{shard})"
         )
+
+
+def _lengths_of(buckets: Buckets, count: int, choice: EngineChoice, loader: SampleLoader) -> Indices:
+    """Lengths of all samples: int64, shape (count,).
+
+    Raises:
+        TypeError, ValueError: there are none, or not as many as samples.
+        KerasMPError: a function that tells them failed.
+    """
+    lengths = buckets.lengths
+    if not isinstance(lengths, np.ndarray):
+        return measure_lengths(lengths, count, choice, loader.seed, loader.retries)
+    if len(lengths) != count:
+        raise ValueError(
+            f"buckets has {len(lengths)} lengths, but the source has {count} samples; give a length for each sample, "
+            "in the source's order"
+        )
+    return lengths
 
 
 class _ParallelDataset(LoadedDataset):
@@ -196,16 +231,17 @@ class _ParallelDataset(LoadedDataset):
         count = "endless" if self._plan.is_endless else len(self)
         return (
             f"parallelize({type(self._batches).__name__}, {count} batches, seed={self._plan.seed}, "
-            f"epoch={self.epoch}, {self._choice})"
+            f"epoch={self.epoch}, {self._where})"
         )
 
 
 def parallelize(
     py_dataset: Any,
-    workers: int | None = None,
+    workers: int | Literal["auto"] | None = None,
     *,
     use_multiprocessing: bool = True,
-    max_queue_size: int = 10,
+    max_queue_size: int | None = None,
+    max_queue_bytes: int | None = None,
     seed: int | None = None,
     retries: int = 0,
     timeout: float | None = None,
@@ -217,10 +253,12 @@ def parallelize(
         py_dataset: a `keras.utils.PyDataset`, or any object with `len()` whose `[i]` is a whole batch. Its
             `on_epoch_begin` and `on_epoch_end` are called in this process, when Keras would call them, and what they
             change reaches the workers.
-        workers: worker processes. None: the usable cores. 0: load in-process.
+        workers: worker processes. None: the usable cores. 0: load in-process. "auto": as for `PoolDataset`.
         use_multiprocessing: False: threads instead of processes. They share the source and the functions, and one that
             hangs cannot be ended: `close()` leaves it behind.
-        max_queue_size: batches in flight, those ready but not yet taken included.
+        max_queue_size: batches in flight, those ready but not yet taken included. None: two for each worker, but at
+            least ten.
+        max_queue_bytes: bytes of the arrays in these batches; as for `PoolDataset`.
         seed: seeds `random`, `numpy.random` and the generators that `py_dataset` holds before each batch, with its
             epoch and number. None: drawn once.
         retries: how often a failing batch is tried again first.
@@ -240,9 +278,8 @@ def parallelize(
         py_dataset,
         loader,
         Batching(length, 1, seed=loader.seed),
-        EngineChoice.of(workers, use_multiprocessing, pool, timeout),
+        EngineChoice.of(workers, use_multiprocessing, pool, timeout, max_queue_size, max_queue_bytes),
         seed_is_drawn=seed is None,
-        max_queue_size=checks.check_count(max_queue_size, "max_queue_size"),
     )
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from keras_mp import checks
 from keras_mp.auto_shard import find_place
 from keras_mp.bridge import Bridge
 from keras_mp.errors import SampleFailure
+from keras_mp.loading.batch_loader import BatchLoader
+from keras_mp.loading.inspection import inspecting
 from keras_mp.plan.position import Position
 from keras_mp.plan.progress import Progress
 from keras_mp.plan.state import check_version, dump_state, load_state
-from keras_mp.stats import HandedOut, Stats, Training
+from keras_mp.report.report import Report
+from keras_mp.stats import KERAS_POOL, HandedOut, Stats, Training
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -126,6 +129,60 @@ class LoadedDataset(Bridge):
                 "to go on with"
             )
 
+    # -- for the command line ------------------------------------------------------------------------------------
+
+    @property
+    def is_endless(self) -> bool:
+        """Whether it has no last batch."""
+        return self._plan.is_endless
+
+    @property
+    def unit(self) -> Literal["sample", "batch"]:
+        """What its source is made of."""
+        return "batch" if isinstance(self._loader, BatchLoader) else "sample"
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """How many samples (batches, of `parallelize`) an epoch has."""
+        return self._plan.epoch_length
+
+    def samples_of(self, batch: int) -> list[int]:
+        """Source indices of the samples of `batch` of the current epoch, in order."""
+        return [int(index) for index in self._plan.samples(self.epoch, batch)]
+
+    def with_workers(self, workers: int | None) -> Self:
+        """A dataset like this one, on this number of workers of its own instead of its `workers` and `pool`.
+
+        Args:
+            workers: as for `PoolDataset`.
+
+        Raises:
+            TypeError, ValueError: it is not None or a whole number from 0 to 4096.
+        """
+        return self._part(self._plan, self._choice.with_workers(workers))
+
+    def inspection(self, sample: int | None = None, timeout: float | None = None) -> Self:
+        """A dataset whose batches say what is found in this one's: each is a list of `Inspected`.
+
+        In an epoch each sample of the source comes once, in order, whatever `order`, `drop_remainder` and shards leave
+        out, in batches of the same size and made by the same code. Code that fails does not end it: that is recorded.
+
+        Args:
+            sample: how many samples (batches, of `parallelize`) to draw from it by chance in each epoch; None: all.
+            timeout: seconds that one batch may take in a worker process; None: as in this dataset.
+
+        Raises:
+            TypeError, ValueError: an argument is of the wrong kind or out of range, or a dataset that never ends is to
+                be inspected whole.
+        """
+        if sample is None:
+            self._refuse_endless("inspection() without sample=")
+        else:
+            sample = checks.check_count(sample, "sample")
+        copied = self._part(self._plan.once(sample), self._choice.with_timeout(timeout))
+        copied._loader = inspecting(self._loader)
+        return copied
+
     # -- export --------------------------------------------------------------------------------------------------
 
     def to_tf_dataset(self, epochs: int = 1, prefetch: int | None = None, element_spec: Any = None) -> tf.data.Dataset:
@@ -184,6 +241,12 @@ class LoadedDataset(Bridge):
         return self._failures.kept
 
     @property
+    def _where(self) -> str:
+        """Where batches are loaded, in words."""
+        pool = None if self._runtime is None else self._runtime.pool
+        return str(self._choice if pool is None else dataclasses.replace(self._choice, workers=pool.workers))
+
+    @property
     def handed_out(self) -> HandedOut:
         """When batches were handed out, for `PipelineMonitor`."""
         return self._served_so_far.handed_out
@@ -203,6 +266,34 @@ class LoadedDataset(Bridge):
         Args:
             since: what this returned earlier: the numbers are of the time between the two.
         """
-        engine = {} if self._runtime is None else self._runtime.engine.stats()
+        runtime = self._runtime
+        engine = {} if runtime is None else runtime.engine.stats()
+        if self._choice.by_keras:
+            engine = {"engine": KERAS_POOL, "workers": self._choice.workers}
         now = self._served_so_far.stats(engine, epoch=self.epoch, failures=self._failures.total)
         return now if since is None else now.since(since)
+
+    def report(self, since: Stats | None = None) -> Report:
+        """Whether the training waits for its data, why, and how many workers would do.
+
+        Args:
+            since: what `stats()` returned earlier: the report is of the time since then, without what `PipelineMonitor`
+                measured, which is of the last epoch of `fit`.
+
+        Returns:
+            A `keras_mp.Report`: print it, show it in a notebook, `.save("report.html")`, `.advice`.
+        """
+        training = self.training if since is None else None
+        return Report(repr(self), self.stats(since), training, checks.usable_cores())
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the report so far."""
+        return self.report().html()
+
+    def close(self) -> None:
+        with self._lock:
+            if self._runtime is not None and not self._closed:
+                self._served_so_far.end(self.stats())
+        super().close()
+
+    close.__doc__ = Bridge.close.__doc__

@@ -11,6 +11,8 @@ from typing import Any
 from keras_mp.loading.base import Loaded
 from keras_mp.loading.timing import STAGES, SlowSample, WorkTotals
 
+KERAS_POOL = "Keras's pool"  # the engine's name where Keras runs it, in processes whose numbers do not come back
+
 
 @dataclasses.dataclass(frozen=True)
 class StageStats:
@@ -74,11 +76,15 @@ class Stats:
         failures: samples that failed.
         retries: how often a failing sample was tried again.
         wait_s: how long whoever took batches waited for them, in seconds.
+        first_wait_s: of this, for the very first batch, which workers had to start for.
+        used_s, steps: how long whoever took batches was busy with them, from taking one to asking for the next, and how
+            many such times that is the sum of; what passes between two epochs is none.
         wait_is_of_training: whether that is the training itself, or a loop. In `fit` on TensorFlow, and in an export,
             it is a thread of TensorFlow's, which waits longer: `PipelineMonitor` knows what the training waited.
         queue_s: how long batches waited for a worker, summed over batches.
         work_s: how long workers were at batches, summed over workers.
         cpu_s: processor time of that.
+        process_cpu_s: processor time of this process, the training included, since the first batch was asked for.
         stages: by name: "source" (`source[i]`), "load", "cache", "transform", "collate", "batch_transform" and "write"
             (to shared memory).
         workers: how many there are to be.
@@ -102,10 +108,14 @@ class Stats:
     failures: int = 0
     retries: int = 0
     wait_s: float = 0.0
+    first_wait_s: float = 0.0
+    used_s: float = 0.0
+    steps: int = 0
     wait_is_of_training: bool = True
     queue_s: float = 0.0
     work_s: float = 0.0
     cpu_s: float = 0.0
+    process_cpu_s: float = 0.0
     stages: dict[str, StageStats] = dataclasses.field(default_factory=dict)
     workers: int = 0
     pids: tuple[int, ...] = ()
@@ -132,6 +142,17 @@ class Stats:
     def service_s(self) -> float:
         """Seconds that one worker needs for one batch, on average."""
         return self.work_s / self.loaded_batches if self.loaded_batches else 0.0
+
+    @property
+    def use_s(self) -> float:
+        """Seconds from taking a batch to asking for the next, on average: a step of the training, or of a loop."""
+        return self.used_s / self.steps if self.steps else 0.0
+
+    @property
+    def batch_wait_s(self) -> float:
+        """Seconds that whoever took a batch waited for it, on average, but for the very first one."""
+        batches = self.batches - (self.first_wait_s > 0)
+        return max(0.0, self.wait_s - self.first_wait_s) / batches if batches > 0 else 0.0
 
     def __getitem__(self, name: str) -> Any:
         if name not in _FIELDS:
@@ -186,31 +207,53 @@ class ServedSoFar:
     Attributes:
         batches: how many.
         wait_s: how long whoever took them waited, in seconds.
-        wait_is_of_training: whether that is not a thread of TensorFlow's.
+        first_wait_s, used_s, steps, wait_is_of_training: see `Stats`.
         training: what `PipelineMonitor` has measured last.
         handed_out: when batches of passes and exports were.
     """
 
     def __init__(self) -> None:
         self.batches = 0
-        self.wait_s = 0.0
+        self.wait_s = self.first_wait_s = self.used_s = 0.0
+        self.steps = 0
         self.wait_is_of_training = True
         self.training: Training | None = None
         self.handed_out = HandedOut()
         self._started_at: float | None = None
+        self._cpu_at_start_s = 0.0
+        self._taken_at: float | None = None  # when the last batch was, while the next one of the same pass may follow
+        self._final: Stats | None = None
         self._work = WorkTotals()
 
     def start(self) -> None:
         """The first batch is about to be asked for."""
         if self._started_at is None:
             self._started_at = time.monotonic()
+            self._cpu_at_start_s = time.process_time()
+
+    def begin(self, wait_is_of_training: bool, is_first: bool = True) -> None:
+        """Somebody is about to take a batch, maybe the first one of a pass or an iteration."""
+        self.wait_is_of_training = wait_is_of_training
+        if is_first:
+            self._taken_at = None
+
+    def end(self, stats: Stats) -> None:
+        """The dataset is closed: `stats`, its last numbers, are those of now from now on."""
+        self._final = dataclasses.replace(stats, queued=0, running=0, slots=0, slot_bytes=0)
 
     def serve(self, load: Callable[..., Loaded], *arguments: Any) -> Loaded:
         """Calls `load`, which waits for a batch."""
         began = time.monotonic()
+        if self._taken_at is not None:
+            self.used_s += began - self._taken_at
+            self.steps += 1
+            self._taken_at = None
         loaded = load(*arguments)
-        self.wait_s += time.monotonic() - began
+        self._taken_at = time.monotonic()
+        self.wait_s += self._taken_at - began
         self.batches += 1
+        if self.batches == 1:
+            self.first_wait_s = self.wait_s
         if loaded.work is not None:
             self._work.add(loaded.work, loaded.nbytes or 0)
         return loaded
@@ -222,6 +265,8 @@ class ServedSoFar:
             engine: those of the engine; with "work" among them, if that keeps count of it.
             numbers: further fields.
         """
+        if self._final is not None:
+            return self._final
         work: WorkTotals = engine.get("work", self._work)
         batches = max(1, work.batches)
         stages = {
@@ -231,22 +276,22 @@ class ServedSoFar:
         return Stats(
             **{name: value for name, value in engine.items() if name in _FIELDS},
             elapsed_s=0.0 if self._started_at is None else time.monotonic() - self._started_at,
-            batches=self.batches,
+            **{name: getattr(self, name) for name in _OF_WHO_TAKES},
             loaded_batches=work.batches,
             samples=work.samples,
             bytes=work.nbytes,
             retries=work.retries,
-            wait_s=self.wait_s,
-            wait_is_of_training=self.wait_is_of_training,
             queue_s=work.queued_s,
             work_s=work.total_s,
             cpu_s=work.cpu_s,
+            process_cpu_s=0.0 if self._started_at is None else time.process_time() - self._cpu_at_start_s,
             stages=stages,
             **numbers,
         )
 
 
 _MAX_TIMES = 1 << 16  # enough for an epoch of so many steps
+_OF_WHO_TAKES = ("batches", "wait_s", "first_wait_s", "used_s", "steps", "wait_is_of_training")
 _FIELDS = frozenset(field.name for field in dataclasses.fields(Stats))
 _SUMS = (
     "elapsed_s",
@@ -257,9 +302,13 @@ _SUMS = (
     "failures",
     "retries",
     "wait_s",
+    "first_wait_s",
+    "used_s",
+    "steps",
     "queue_s",
     "work_s",
     "cpu_s",
+    "process_cpu_s",
     "pool_busy_s",
     "pool_ready_s",
     "restarts",

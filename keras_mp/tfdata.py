@@ -17,7 +17,7 @@ import numpy as np
 
 from keras_mp.checks import check_count, usable_cores
 from keras_mp.errors import KerasMPError
-from keras_mp.loading.collate import with_tuples
+from keras_mp.loading.collate import holds_strings, with_tuples
 from keras_mp.plan.batching import ENDLESS
 
 try:
@@ -69,6 +69,8 @@ class _Spec:
                 f"{spec.dtype.name}, received shape {array.shape} and dtype {array.dtype}; make all batches alike, or "
                 "pass element_spec= with None for the axes that vary"
             )
+        if array.dtype.kind == "U":
+            array = array.astype(object)  # TensorFlow encodes objects by UTF-8, but these by ASCII
         if not array.dtype.isnative:
             array = array.astype(array.dtype.newbyteorder("="))
         return array
@@ -145,7 +147,7 @@ def export(dataset: Exported, epochs: int, prefetch: int | None, element_spec: A
         filled = taken + [taken[-1] if taken else spec.nothing()] * (together - len(taken))
         return [np.int64(len(taken)), *(leaf for leaves in filled for leaf in leaves)]
 
-    def apart(count: tf.Tensor, *leaves: tf.Tensor) -> tf.data.Dataset:
+    def one_by_one(count: tf.Tensor, *leaves: tf.Tensor) -> tf.data.Dataset:
         starts = range(0, len(leaves), len(dtypes))
         single = [tf.data.Dataset.from_tensors(spec.pack(leaves[start : start + len(dtypes)])) for start in starts]
         return functools.reduce(tf.data.Dataset.concatenate, single).take(tf.ensure_shape(count, ()))
@@ -155,7 +157,7 @@ def export(dataset: Exported, epochs: int, prefetch: int | None, element_spec: A
         if together == 1:
             return calls.map(plain(lambda _: spec.pack(tf.numpy_function(take, [number], dtypes))))
         some = calls.map(plain(lambda _: tuple(tf.numpy_function(take_some, [number], [tf.int64, *dtypes * together]))))
-        return some.take_while(plain(lambda count, *_: tf.ensure_shape(count, ()) > 0)).flat_map(plain(apart))
+        return some.take_while(plain(lambda count, *_: tf.ensure_shape(count, ()) > 0)).flat_map(plain(one_by_one))
 
     scalar = tf.TensorSpec((), tf.int64)
     streamed = tf.data.Dataset.from_generator(opened, output_signature=(scalar, scalar)).flat_map(plain(batches))
@@ -170,6 +172,12 @@ def export(dataset: Exported, epochs: int, prefetch: int | None, element_spec: A
     options.threading.private_threadpool_size = usable_cores() + 1
     options.autotune.enabled = False
     return streamed.with_options(options)
+
+
+def with_string_tensors(batch: Any) -> Any:
+    """The batch with arrays of strings made tensors: Keras takes no others for strings."""
+    leaves = [leaf for _, leaf in _walk(batch) if leaf is not None]
+    return _fill(batch, iter([tf.constant(leaf, tf.string) if holds_strings(leaf) else leaf for leaf in leaves]))
 
 
 def _together(batch: Any) -> int:

@@ -221,7 +221,7 @@ class Chaos(threading.Thread):
         """No more descriptors for this worker. (No larger slots would rightly be an error.)"""
         try:
             _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-            resource.prlimit(pid, resource.RLIMIT_NOFILE, (16, hard))
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (17, hard))
         except ProcessLookupError:
             pass
 

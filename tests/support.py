@@ -1,11 +1,16 @@
-"""Scripts in an interpreter of their own, as users run them."""
+"""Scripts in an interpreter of their own, as users run them; and checks that several files make."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
 
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,3 +39,21 @@ def run_script(path: Path, code: str, *, timeout_s: float = 120, **environment: 
 def python_path() -> str:
     """A search path on which this checkout's package comes first."""
     return os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
+
+
+def assert_refused(make: Callable[[], Any], kind: type[Exception], texts: Sequence[str]) -> None:
+    """Calls `make`, which must raise `kind` with all of `texts` in its message."""
+    with pytest.raises(kind) as caught:
+        make()
+    for text in texts:
+        assert text in str(caught.value)
+
+
+def assert_alike(ours: Sequence[Any], theirs: Sequence[Any], tolerance: float = 0.0) -> None:
+    """The same batches, of one array or of a tuple of arrays, but for `tolerance` in the numbers."""
+    assert len(ours) == len(theirs)
+    for batch, expected in zip(ours, theirs, strict=True):
+        leaves, others = (batch, expected) if isinstance(expected, tuple) else ((batch,), (expected,))
+        for leaf, other in zip(leaves, others, strict=True):
+            assert leaf.dtype == other.dtype
+            np.testing.assert_allclose(leaf, other, rtol=0, atol=tolerance)

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 
@@ -54,6 +55,19 @@ def test_the_rest_of_the_epoch_is_bit_identical(taken: int, workers: int) -> Non
         assert plain(after[index] for index in range(len(after))) == rest
         assert plain(after) == rest
         assert plain(after) == epochs[after.epoch - 1]
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")  # as it should: it is resumed
+def test_fit_goes_on_with_a_single_batch() -> None:
+    """Keras, on TensorFlow, looks at two before it begins."""
+    data = keras_mp.PoolDataset(range(20), lambda index: (np.ones(3), index), batch_size=4, shuffle=True, workers=0)
+    data.load_state_dict({**data.state_dict(), "position": 4})
+    model = keras.Sequential([keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    steps: list[int] = []
+    count = keras.callbacks.LambdaCallback(on_train_batch_end=lambda step, logs: steps.append(step))
+    model.fit(data, epochs=2, verbose=0, callbacks=[count])
+    assert steps == [0, 0, 1, 2, 3, 4]
 
 
 def test_an_export_goes_on_there_too() -> None:

@@ -353,7 +353,7 @@ def test_stats_say_what_was_done(engine: dict[str, Any]) -> None:
     assert stats["batches"] == 6
     assert stats["wait_s"] >= 0
     assert stats["failures"] == 0
-    assert stats["engine"] in ("worker pool", "threads", "ProcessPoolExecutor", "in-process")
+    assert stats["engine"] in ("worker pool", "threads", "ProcessPoolExecutor", "in-process", "Keras's pool")
 
 
 # -- parallelize -----------------------------------------------------------------------------------------------------

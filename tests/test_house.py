@@ -11,16 +11,20 @@ import pytest
 _PACKAGE = Path(__file__).parents[1] / "keras_mp"
 # From the top down; those on one line know nothing of each other.
 _FLOORS = [
+    {"__main__"},
+    {"cli"},
+    {"commands", "directories"},
     {"dataset", "callbacks", "monitor"},
     {"loaded"},
-    {"bridge"},
+    {"bridge", "report"},
+    {"tensors"},
     {"tfdata", "callers", "auto_shard", "exits", "stats"},
     {"engines"},
     {"workers"},
     {"loading"},
     {"plan"},
     {"memory"},
-    {"checks"},
+    {"checks", "sizing"},
     {"errors"},
 ]
 _FLOOR_OF = {room: number for number, floor in enumerate(_FLOORS) for room in floor}

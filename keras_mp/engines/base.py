@@ -27,6 +27,10 @@ class Engine(Protocol):
         It may change from call to call. Submitting more or fewer is slower at worst.
         """
 
+    @property
+    def batch_bytes(self) -> int | None:
+        """Bytes of the arrays in the batch that came last; None as long as none has come."""
+
     def submit(self, requests: Sequence[Request]) -> Sequence[Any]:
         """Requests batches without waiting for any, in the order in which they will be wanted.
 

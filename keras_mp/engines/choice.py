@@ -8,9 +8,7 @@ import dataclasses
 import weakref
 from typing import Any, Literal
 
-import numpy as np
-
-from keras_mp.checks import check_timeout, check_workers
+from keras_mp.checks import available_memory, check_count_or_none, check_timeout, check_workers
 from keras_mp.engines import ray
 from keras_mp.engines.backend import Backend, ExecutorBackend
 from keras_mp.engines.base import Engine
@@ -18,9 +16,13 @@ from keras_mp.engines.dask import DaskBackend, client_of
 from keras_mp.engines.executor import ExecutorEngine
 from keras_mp.engines.inline import InlineEngine
 from keras_mp.engines.processes import WorkerPool, shared_pool
+from keras_mp.engines.readahead import NONE_AHEAD, Limit
 from keras_mp.engines.threads import ThreadsEngine
 from keras_mp.errors import short_repr
 from keras_mp.loading.base import Loader
+from keras_mp.plan.views import replace_arrays
+
+_LEAST_IN_FLIGHT = 10
 
 # A Dask client too, whose type is known only where Dask is installed.
 Pool = WorkerPool | concurrent.futures.Executor | Literal["keras", "ray"] | Any | None
@@ -59,15 +61,28 @@ class EngineChoice:
         use_multiprocessing: processes rather than threads.
         pool: as the user gave it.
         timeout_s: seconds that one batch may take in a worker process.
+        max_queue_size, max_queue_bytes: as the user gave them; see `limit`.
+        is_auto: whether the number of workers is what a search begins with.
     """
 
     workers: int
     use_multiprocessing: bool
     pool: Pool
     timeout_s: float | None
+    max_queue_size: int | None = None
+    max_queue_bytes: int | None = None
+    is_auto: bool = False
 
     @classmethod
-    def of(cls, workers: int | None, use_multiprocessing: bool, pool: Any, timeout: float | None) -> EngineChoice:
+    def of(
+        cls,
+        workers: int | Literal["auto"] | None,
+        use_multiprocessing: bool,
+        pool: Any,
+        timeout: float | None,
+        max_queue_size: int | None,
+        max_queue_bytes: int | None,
+    ) -> EngineChoice:
         """Checks a user's arguments.
 
         Raises:
@@ -90,7 +105,24 @@ class EngineChoice:
             workers = pool.workers
         if pool is not None and workers == 0:
             raise ValueError(f"workers=0 loads in-process, but pool={pool!r} was given as well; leave one of them out")
-        return cls(check_workers(workers), use_multiprocessing, pool, check_timeout(timeout))
+        is_auto = workers == "auto"
+        if isinstance(workers, str) and workers != "auto":
+            raise TypeError(f"workers must be an int, None or 'auto', got {workers!r}")
+        if is_auto and (pool is not None or not use_multiprocessing):
+            raise ValueError(
+                f"workers='auto' is for worker processes of the dataset's own, but pool={pool!r} and "
+                f"use_multiprocessing={use_multiprocessing!r} were given; leave them out, or give workers= a number"
+            )
+        count = check_workers(None if workers == "auto" else workers)
+        return cls(
+            count,
+            use_multiprocessing,
+            pool,
+            check_timeout(timeout),
+            check_count_or_none(max_queue_size, "max_queue_size"),
+            check_count_or_none(max_queue_bytes, "max_queue_bytes"),
+            is_auto,
+        )
 
     @property
     def by_keras(self) -> bool:
@@ -103,6 +135,17 @@ class EngineChoice:
         return self.by_keras or (self.pool is None and self.workers == 0)
 
     @property
+    def queue_size(self) -> int:
+        """Batches in flight at most; where the user gives no number, enough to keep all workers busy."""
+        return self.max_queue_size or max(_LEAST_IN_FLIGHT, 2 * self.workers)
+
+    def limit(self) -> Limit:
+        """How much may be in flight, by the memory that is available now, unless the user says it."""
+        if self.is_inline:
+            return NONE_AHEAD
+        return Limit(self.queue_size, max(2, self.workers), self.max_queue_bytes or available_memory() // 4)
+
+    @property
     def shares_pool(self) -> bool:
         """Whether the workers are those that datasets share which are given no pool."""
         return self.pool is None and self.use_multiprocessing and self.workers > 0
@@ -110,6 +153,14 @@ class EngineChoice:
     def without_pool(self) -> EngineChoice:
         """The same for a copy in another process, where the pool cannot be."""
         return self if self.by_keras else dataclasses.replace(self, pool=None)
+
+    def with_workers(self, workers: int | None) -> EngineChoice:
+        """The same, with so many workers of its own: no pool of the user's or Keras's."""
+        return dataclasses.replace(self, workers=check_workers(workers), pool=None, is_auto=False)
+
+    def with_timeout(self, timeout: float | None) -> EngineChoice:
+        """The same, with another `timeout`, if one is given."""
+        return self if timeout is None else dataclasses.replace(self, timeout_s=check_timeout(timeout))
 
     def start(self, loader: Loader) -> Running:
         """Makes the engine."""
@@ -119,10 +170,13 @@ class EngineChoice:
             return Running(InlineEngine(loader), loader)
         if self.pool is None and not self.use_multiprocessing:
             return Running(ThreadsEngine(self.workers, loader), loader)
-        pool = self.pool if isinstance(self.pool, WorkerPool) else shared_pool(self.workers)
-        engine = pool.client(loader, self.timeout_s)
-        source = getattr(loader, "source", None)
-        if type(source) is np.ndarray and (shared := engine.shared_view(source)) is not None:
+        if self.is_auto:
+            pool = WorkerPool(self.workers)
+        else:
+            pool = self.pool if isinstance(self.pool, WorkerPool) else shared_pool(self.workers)
+        engine = pool.client(loader, self.timeout_s, tuned=self.is_auto)
+        shared = replace_arrays(loader.source, engine.shared_view)
+        if shared is not loader.source:
             loader = copy.copy(loader)
             loader.source = shared  # the original may go, if the user does not keep it
             engine.update(loader)
@@ -143,4 +197,4 @@ class EngineChoice:
             kind = "(Keras's pool)"
         else:
             kind = "(in-process)" if self.is_inline else "processes" if self.use_multiprocessing else "threads"
-        return f"workers={self.workers} {kind}"
+        return f"workers={self.workers} {kind}{', found by itself' if self.is_auto else ''}"

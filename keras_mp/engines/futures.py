@@ -59,6 +59,7 @@ class FuturesEngine:
     """Base of these engines. One of them gives `start`, `update` and `stats`."""
 
     bundle_size = 1
+    batch_bytes: int | None = None
 
     def __init__(self) -> None:
         self._isolation = ThreadIsolation()
@@ -93,7 +94,10 @@ class FuturesEngine:
         try:
             if not handle.done():
                 self.check_open()
-            return self.wait(handle)
+            result = self.wait(handle)
+            if (nbytes := getattr(result, "nbytes", None)) is not None:
+                self.batch_bytes = nbytes
+            return result
         except CancelledError as error:
             raise PoolClosed(f"{handle.name} was asked for, but is not wanted any more") from error
         finally:

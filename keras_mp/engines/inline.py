@@ -14,6 +14,7 @@ class InlineEngine:
     """Loads a batch in `result`; a request is its own handle."""
 
     bundle_size = 1
+    batch_bytes = None  # nothing is ever in flight
 
     def __init__(self, loader: Loader) -> None:
         self.update(loader)

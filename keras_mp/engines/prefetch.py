@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from keras_mp.engines.base import Engine
-from keras_mp.engines.readahead import Handles, ReadAhead
+from keras_mp.engines.readahead import NONE_AHEAD, Handles, Limit, ReadAhead
 from keras_mp.errors import PoolClosed
 from keras_mp.plan.progress import BatchKey
 from keras_mp.plan.request import Request
@@ -22,12 +22,12 @@ class Prefetch:
     """The read-aheads of one dataset.
 
     Args:
-        depth: batches in flight at most, for each of them.
+        limit: how much may be in flight, for each of them.
     """
 
-    def __init__(self, depth: int) -> None:
+    def __init__(self, limit: Limit) -> None:
         self.expected: Any = None  # what a pass that has not begun, but is read ahead for, will go through
-        self._depth = depth
+        self._limit = limit
         self._pass: ReadAhead | None = None
         self._outdated: ReadAhead | None = None  # requested when the source or the functions were in another state
         self._looks: ReadAhead | None = None
@@ -35,10 +35,10 @@ class Prefetch:
         self._all: weakref.WeakSet[ReadAhead] = weakref.WeakSet()
 
     def open(
-        self, engine: Engine, requests: Iterator[Request], depth: int | None = None, handles: Handles | None = None
+        self, engine: Engine, requests: Iterator[Request], limit: Limit | None = None, handles: Handles | None = None
     ) -> ReadAhead:
         """A read-ahead along `requests`, for an iteration."""
-        ahead = ReadAhead(engine, requests, self._depth if depth is None else depth, handles)
+        ahead = ReadAhead(engine, requests, limit or self._limit, handles)
         self._all.add(ahead)
         ahead.start()
         return ahead
@@ -62,6 +62,12 @@ class Prefetch:
             raise PoolClosed("the dataset was closed in the middle of a pass; make a new one")
         return self._pass.take()
 
+    def top_up(self) -> None:
+        """Requests more, if it is now known how large the batches are."""
+        for ahead in (self._pass, self._looks):
+            if ahead is not None:
+                ahead.top_up()
+
     def look(self, engine: Engine, index: int, step: int, key: BatchKey, requests: Iterator[Request]) -> Any:
         """The handle of a batch outside of a pass; who looks at one after the other is read ahead.
 
@@ -75,7 +81,7 @@ class Prefetch:
         before, self._looked_at = self._looked_at, index
         if self._looks is None or self._looks.next_key != key:
             self.drop_looks()
-            self._looks = self.open(engine, requests, None if index in (0, before + step) else 0)
+            self._looks = self.open(engine, requests, None if index in (0, before + step) else NONE_AHEAD)
         return self._looks.take()
 
     def outdate(self) -> None:

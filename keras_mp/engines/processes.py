@@ -13,10 +13,11 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
-from keras_mp.checks import check_workers
+from keras_mp.checks import check_count, check_workers
 from keras_mp.loading.base import Loader
 from keras_mp.workers.client import PoolClient
 from keras_mp.workers.dispatcher import Dispatcher
+from keras_mp.workers.tuning import TunedClient
 
 
 class WorkerPool:
@@ -48,24 +49,38 @@ class WorkerPool:
             isinstance(env, Mapping) and all(isinstance(k, str) and isinstance(v, str) for k, v in env.items())
         ):
             raise TypeError(f"env must map str to str, got {env!r}")
-        self.workers = count
         self._dispatcher = Dispatcher(count, env, worker_threads)
         self.end = self._dispatcher.close  # outlives the pool, for whoever drops it and wants to wait
         _dispatchers.add(self._dispatcher)
         self._finalizer = weakref.finalize(self, self._dispatcher.close, wait=False)
         self._finalizer.atexit = False  # `_close_all` does that, and waits
 
-    def client(self, loader: Loader, timeout_s: float | None = None) -> PoolClient:
+    def resize(self, workers: int) -> None:
+        """Has another number of workers from now on. Those that are too many end after the batch that they are at.
+
+        Raises:
+            TypeError, ValueError: it is no whole number from 1 on.
+        """
+        self._dispatcher.resize(check_count(workers, "workers"))
+
+    @property
+    def workers(self) -> int:
+        """How many workers there are to be."""
+        return self._dispatcher.workers.count
+
+    def client(self, loader: Loader, timeout_s: float | None = None, tuned: bool = False) -> PoolClient:
         """The engine of one dataset on this pool, which it keeps alive until it is closed.
 
         Args:
             loader: what the workers load batches with.
             timeout_s: seconds that a batch may take in a worker; None: any time.
+            tuned: find the number of workers while the first epoch runs.
 
         Raises:
             KerasMPError: the loader holds something that cannot be pickled, or there is no shared memory for it.
         """
-        return PoolClient(self._dispatcher, loader, timeout_s, self)
+        kind = TunedClient if tuned else PoolClient
+        return kind(self._dispatcher, loader, timeout_s, self)
 
     def stats(self) -> dict[str, Any]:
         """Process ids, restarts so far, jobs queued and running."""

@@ -7,6 +7,7 @@ one. `close` is safe in a finaliser.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -19,27 +20,54 @@ from keras_mp.plan.request import Request
 Handles = dict[tuple[int, int], Any]
 
 
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """How much may be in flight.
+
+    Attributes:
+        batches: at most, finished ones included; 0: nothing is asked for ahead.
+        at_first: batches, as long as their size is not known.
+        bytes: of their arrays. One batch may always be in flight.
+    """
+
+    batches: int
+    at_first: int
+    bytes: int
+
+    def depth(self, batch_bytes: int | None) -> int:
+        """How many batches of that size may be."""
+        if batch_bytes is None:
+            return min(self.batches, self.at_first)
+        return min(self.batches, max(1, self.bytes // max(1, batch_bytes)))
+
+
+NONE_AHEAD = Limit(0, 0, 0)
+
+
 class ReadAhead:
     """A window of requested batches that slides along a sequence of requests.
 
     Args:
         engine: where batches are loaded.
         requests: what will be asked for, in order.
-        depth: batches in flight at most, finished ones included; 0 asks for none ahead.
+        limit: how much may be in flight.
         handles: by (epoch, batch), what another has requested and given up (`release`): taken over where it comes next.
     """
 
-    def __init__(self, engine: Engine, requests: Iterator[Request], depth: int, handles: Handles | None = None) -> None:
+    def __init__(
+        self, engine: Engine, requests: Iterator[Request], limit: Limit, handles: Handles | None = None
+    ) -> None:
         self._engine: Engine | None = engine
         self._requests = requests
-        self._depth = depth
+        self._limit = limit
+        self._knows_size = False
         self._taken_over = handles or {}
         self._ahead: collections.deque[tuple[Request, Any]] = collections.deque()
 
     def start(self) -> None:
         """Requests what comes first."""
-        if self._depth:
-            self._fill(self._depth)
+        if depth := self._depth():
+            self._fill(depth)
         while self._taken_over:
             self._open().cancel(self._taken_over.popitem()[1])
 
@@ -51,17 +79,26 @@ class ReadAhead:
         """
         engine = self._open()
         if not self._ahead:
-            self._fill(max(1, self._depth))
+            self._fill(max(1, self._depth()))
         _, handle = self._ahead.popleft()
-        missing = self._depth - len(self._ahead)
-        if missing and missing >= min(engine.bundle_size, self._depth * 4 // 5):  # several at a time
+        depth = self._limit.depth(engine.batch_bytes)
+        missing = depth - len(self._ahead)
+        if missing > 0 and missing >= min(engine.bundle_size, depth * 4 // 5):  # several at a time
             self._fill(missing)
         return handle
 
     def next(self) -> Loaded:
         """Waits for the next batch."""
         handle = self.take()
-        return self._open().result(handle)
+        loaded = self._open().result(handle)
+        self.top_up()
+        return loaded
+
+    def top_up(self) -> None:
+        """Requests more, once, as soon as the size of a batch is known; to be called when one has come."""
+        if not self._knows_size and self._engine is not None and self._engine.batch_bytes is not None:
+            self._knows_size = True
+            self._fill(max(0, self._depth() - len(self._ahead)))
 
     @property
     def next_key(self) -> tuple[int, int] | None:
@@ -95,6 +132,9 @@ class ReadAhead:
         if self._engine is None:
             raise PoolClosed("the dataset has been closed; make a new one")
         return self._engine
+
+    def _depth(self) -> int:
+        return self._limit.depth(self._open().batch_bytes)
 
     def _fill(self, count: int) -> None:
         if requests := list(itertools.islice(self._requests, count)):

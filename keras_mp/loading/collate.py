@@ -65,6 +65,15 @@ def with_tuples(batch: Any) -> Any:
     return batch
 
 
+def holds_strings(batch: Any) -> bool:
+    """Whether a leaf of the batch is an array of strings, or of objects, which strings of bytes are."""
+    if isinstance(batch, dict):
+        return any(map(holds_strings, batch.values()))
+    if isinstance(batch, list | tuple):
+        return any(map(holds_strings, batch))
+    return isinstance(batch, np.ndarray) and batch.dtype.kind in "USO"
+
+
 class Samples:
     """Collects samples, in at most `capacity` rows, for a `collate` function of the user's."""
 
@@ -130,6 +139,16 @@ def spec_of(sample: Any) -> Any:
         return isinstance(sample, Mapping), frozenset((key, spec_of(part)) for key, part in parts.items())
     leaf = _as_leaf(sample, "sample")
     return leaf.shape, leaf.dtype.kind if leaf.dtype.kind in "USO" else ""
+
+
+def leaves_of(nest: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """The leaves of a sample or a batch as they are, with their paths: `path`, and keys behind it."""
+    parts = _parts(nest)
+    if parts is None:
+        yield path, nest
+        return
+    for key, part in parts.items():
+        yield from leaves_of(part, f"{path}[{key!r}]")
 
 
 def copied(sample: Any) -> Any:

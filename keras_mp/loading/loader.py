@@ -25,6 +25,7 @@ from keras_mp.loading.randomness import Key, Seeder, takes_rng
 from keras_mp.loading.timing import BATCH_TRANSFORM, COLLATE, SOURCE, STAGES, TRANSFORM, StageTimes
 from keras_mp.plan.request import Request
 from keras_mp.plan.seeds import Stream, seed_sequence
+from keras_mp.plan.views import is_in_memory, is_plain
 
 OnError = Literal["raise", "skip", "replace"]
 
@@ -58,10 +59,9 @@ class SampleLoader(Loader):
     def __post_init__(self) -> None:
         self._transform_takes_rng = takes_rng(self.transform)
         self._batch_transform_takes_rng = takes_rng(self.batch_transform)
-        in_memory = isinstance(self.source, np.ndarray) or type(self.source) in (list, tuple)
-        self._copies = in_memory and bool(self.transform or self.collate)
-        plain = type(self.source) in (np.ndarray, np.memmap, list, tuple, range)
-        self.runs_user_code = not plain or bool(self.transform or self.collate or self.batch_transform)
+        self._copies = is_in_memory(self.source) and bool(self.transform or self.collate)
+        functions = bool(self.transform or self.collate or self.batch_transform)
+        self.runs_user_code = functions or not is_plain(self.source)
 
     def load(
         self, request: Request, report_position: Callable[[int], None], seed: Seeder | None, times: StageTimes

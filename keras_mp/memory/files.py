@@ -20,14 +20,14 @@ ALIGNMENT = 64  # TensorFlow aliases host memory only at multiples of EIGEN_MAX_
 _KEEP_NO_DESCRIPTOR: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
 
 
-def create_memory_file() -> int:
-    """A new anonymous memory file's descriptor.
+def create_memory_file(name: str = "keras_mp") -> int:
+    """A new anonymous memory file's descriptor; `name` is for whoever looks at the process from outside.
 
     Raises:
         OSError: no descriptor or memory is left.
     """
     if hasattr(os, "memfd_create"):
-        return os.memfd_create("keras_mp", os.MFD_CLOEXEC)
+        return os.memfd_create(name, os.MFD_CLOEXEC)
     with tempfile.TemporaryFile() as file:  # already unlinked: macOS has no memfd
         return os.dup(file.fileno())
 

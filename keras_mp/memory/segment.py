@@ -8,6 +8,7 @@ from __future__ import annotations
 import mmap
 import os
 import pickle
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,13 +19,15 @@ from keras_mp.memory.files import create_memory_file, map_file
 _PIECE_BYTES = 1 << 18  # compared at once
 
 
+# Those that are in use. Only whole operations on a set of Python's, which no other thread interrupts, and no lock.
+_segments: set[weakref.ref[Segment]] = set()
+
+
 class Segment:
     """Memory that the parent fills once and every worker maps: the large arrays of a source."""
 
     def __init__(self, buffers: Sequence[pickle.PickleBuffer], places: Sequence[tuple[int, int]], size: int) -> None:
-        self.fd = create_memory_file()
-        self.size = size
-        self._view: npt.NDArray[np.uint8] | None = None
+        self._set_up(create_memory_file(), size)
         try:
             os.ftruncate(self.fd, size)
             for buffer, (offset, _) in zip(buffers, places, strict=True):
@@ -32,6 +35,44 @@ class Segment:
         except OSError:
             self.close()
             raise
+
+    @classmethod
+    def holding(cls, buffers: Sequence[pickle.PickleBuffer], places: Sequence[tuple[int, int]], size: int) -> Segment:
+        """A segment of these bytes: on the memory of one that has them already, say of another part of a source.
+
+        Raises:
+            OSError: there is no memory or descriptor for it.
+        """
+        for reference in tuple(_segments):
+            other = reference()
+            if size and other is not None and other.size == size and (again := other._duplicate()) is not None:
+                if again.holds(buffers, places, size):
+                    return again
+                again.close()
+        return cls(buffers, places, size)
+
+    def _set_up(self, fd: int, size: int) -> None:
+        self.fd = fd
+        self.size = size
+        self._view: npt.NDArray[np.uint8] | None = None
+        _segments.add(weakref.ref(self, _segments.discard))
+
+    def _duplicate(self) -> Segment | None:
+        """Another segment on the same memory; None if this one is being closed, on whatever thread."""
+        fd, view = self.fd, self._view
+        if fd < 0:
+            return None
+        try:
+            duplicate = os.dup(fd)
+        except OSError:
+            return None
+        if self.fd != fd:  # closed meanwhile, and `fd` may be the number of another file by now
+            os.close(duplicate)
+            return None
+        again = object.__new__(Segment)
+        again._set_up(duplicate, self.size)
+        again._view = view
+        return again
 
     def holds(self, buffers: Sequence[pickle.PickleBuffer], places: Sequence[tuple[int, int]], size: int) -> bool:
         """Whether filling a segment with these buffers would give this one's bytes again."""

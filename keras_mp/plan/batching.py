@@ -15,26 +15,22 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 
 from keras_mp.plan.request import Request
 from keras_mp.plan.seeds import Stream, seed_sequence
+from keras_mp.plan.shuffle import Indices, shuffled
 
-Indices = npt.NDArray[np.int64]
 Order = Callable[[int, np.random.Generator], Any]
 
 # The length of a source that never ends.
 ENDLESS = sys.maxsize
 
-# A permutation of this many samples takes 8 MB and 20 ms; beyond it a keyed bijection needs neither.
-_MATERIALISE_LIMIT = 1 << 20
-_FEISTEL_ROUNDS = 8
-_MAX_SUBSTITUTES = 32  # in an order: they travel with every request
+MAX_SUBSTITUTES = 32  # they travel with every request
 # An epoch and the one read ahead of it; another for who looks elsewhere meanwhile.
-_EPOCHS_KEPT = 3
+EPOCHS_KEPT = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +78,22 @@ class Batching:
         """Whether it has an order of its own, which is none of Keras's business."""
         return self.shuffle or self.order is not None
 
-    def for_shard(self, num_shards: int, shard: int) -> Batching:
+    @property
+    def uniform_size(self) -> int | None:
+        """Samples in every batch; None if that varies."""
+        whole = self.drop_remainder or self.epoch_length % (self.batch_size * self.num_shards) == 0
+        return self.batch_size if whole else None
+
+    @property
+    def buckets_digest(self) -> str | None:
+        """Tells plans of different buckets apart; None without buckets."""
+        return None
+
+    def describe_size(self) -> str:
+        """The size of batches, in words."""
+        return str(self.batch_size)
+
+    def for_shard(self, num_shards: int, shard: int) -> Self:
         """The plan of one of `num_shards` parts.
 
         Raises:
@@ -90,18 +101,48 @@ class Batching:
         """
         if self.num_shards != 1:
             raise ValueError(f"this dataset is shard {self.shard} of {self.num_shards} already")
-        if self.batch_size == 1 and not self.drop_remainder and self.epoch_length % num_shards:
-            raise ValueError(
-                f"{self.epoch_length} samples in batches of one cannot give num_shards={num_shards} the same "
-                "number of batches; pass drop_remainder=True, or batch_size=2 or more"
-            )
         plan = dataclasses.replace(self, num_shards=num_shards, shard=shard)
-        if plan.num_batches == 0 or plan.epoch_length < num_shards:
-            raise ValueError(
-                f"{plan.epoch_length} samples are too few for a batch on each of num_shards={num_shards} with "
-                f"batch_size={plan.batch_size}, drop_remainder={plan.drop_remainder}"
-            )
+        plan.check()
         return plan
+
+    def check(self) -> None:
+        """Whether there is a batch at all, and as many on every shard.
+
+        Raises:
+            ValueError: there is not.
+        """
+        count, shards = self.epoch_length, self.num_shards
+        if self.batch_size == 1 and not self.drop_remainder and count % shards:
+            raise ValueError(
+                f"{count} samples in batches of one cannot give num_shards={shards} the same number of batches; pass "
+                "drop_remainder=True, or batch_size=2 or more"
+            )
+        if self.num_batches == 0 and shards == 1:
+            raise ValueError(
+                f"drop_remainder=True leaves no batch: {count} samples are fewer than batch_size={self.batch_size}"
+            )
+        if self.num_batches == 0 or count < shards:
+            raise ValueError(
+                f"{count} samples are too few for a batch on each of num_shards={shards} with "
+                f"batch_size={self.batch_size}, drop_remainder={self.drop_remainder}"
+            )
+
+    def once(self, count: int | None = None) -> Batching:
+        """The plan of epochs in which each sample of the source comes once, in order, and undivided.
+
+        Args:
+            count: how many samples to draw by chance in each epoch, of an endless source the first; None: all.
+        """
+        whole = Batching(self.length, self.batch_size, seed=self.seed)
+        if count is None or count >= self.length:
+            return whole
+        if self.is_endless:
+            return dataclasses.replace(whole, length=count)
+
+        def draw(epoch: int, rng: np.random.Generator) -> Indices:
+            return np.sort(rng.choice(self.length, count, replace=False))
+
+        return dataclasses.replace(whole, order=draw)
 
     def request(self, epoch: int, batch: int) -> Request:
         """What is to be loaded for `batch` of `epoch`."""
@@ -124,6 +165,10 @@ class Batching:
                 start -= missing
             elif batch == self.num_batches - 2:
                 stop -= missing
+        return self.part(start, stop)
+
+    def part(self, start: int, stop: int) -> tuple[int, int]:
+        """This shard's part of a step: of positions [start, stop) in the epoch's order."""
         each, extra = divmod(stop - start, self.num_shards)
         first = start + self.shard * each + min(self.shard, extra)
         return first, first + each + (self.shard < extra)
@@ -135,9 +180,7 @@ class Batching:
             return self._custom_order(epoch)[start:stop]
         if not self.shuffle:
             return np.arange(start, stop, dtype=np.int64)
-        if self.length <= _MATERIALISE_LIMIT:
-            return _permutation(self.length, self.seed, epoch)[start:stop]
-        return keyed_permutation(np.arange(start, stop, dtype=np.int64), self.length, self.seed, epoch)
+        return shuffled(start, stop, self.length, self.seed, epoch)
 
     def repeats(self, epoch: int, batch: int) -> Indices | None:
         """How often each sample of `batch` came before in the epoch; None if none does, as without `order`."""
@@ -153,7 +196,7 @@ class Batching:
             return None
         order, (start, stop) = self._order_of(epoch), self.span(batch)
         others = len(order) - (stop - start)
-        count = min(others, _MAX_SUBSTITUTES)
+        count = min(others, MAX_SUBSTITUTES)
         places = stop + np.arange(count) * others // max(count, 1)
         return list(dict.fromkeys(order[places % len(order)].tolist()))
 
@@ -164,15 +207,15 @@ class Batching:
     def _order_of(self) -> Callable[[int], Indices]:
         if self.order is None:
             raise ValueError("no custom order was given")
-        return functools.lru_cache(_EPOCHS_KEPT)(functools.partial(_evaluate_order, self.order, self.seed, self.length))
+        return functools.lru_cache(EPOCHS_KEPT)(functools.partial(_evaluate_order, self.order, self.seed, self.length))
 
     @functools.cached_property
     def _earlier_in(self) -> Callable[[int], Indices]:
         order_of = self._order_of
-        return functools.lru_cache(_EPOCHS_KEPT)(lambda epoch: _count_earlier(order_of(epoch)))
+        return functools.lru_cache(EPOCHS_KEPT)(lambda epoch: _count_earlier(order_of(epoch)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_order_of", "_earlier_in")}
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
 
     def _custom_order(self, epoch: int) -> Indices:
         order = self._order_of(epoch)
@@ -183,13 +226,6 @@ class Batching:
                 "the same number of batches in every epoch: return the same number each time"
             )
         return order
-
-
-@functools.lru_cache(maxsize=8)
-def _permutation(length: int, seed: int, epoch: int) -> Indices:
-    order = np.random.Generator(np.random.PCG64(seed_sequence(Stream.SHUFFLE, seed, epoch))).permutation(length)
-    order.flags.writeable = False
-    return order
 
 
 def _evaluate_order(order: Order, seed: int, length: int, epoch: int) -> Indices:
@@ -216,44 +252,3 @@ def _count_earlier(indices: Indices) -> Indices:
     counts = np.empty(len(indices), dtype=np.int64)
     counts[by_index] = np.arange(len(indices)) - np.repeat(starts, np.diff(np.r_[starts, len(indices)]))
     return counts
-
-
-def keyed_permutation(positions: Indices, length: int, seed: int, epoch: int) -> Indices:
-    """Maps positions to a pseudo-random permutation of range(length), in constant memory.
-
-    A balanced Feistel network is a bijection on 2**(2k) numbers whatever its round function (Luby and Rackoff, "How to
-    construct pseudorandom permutations from pseudorandom functions", SIAM J. Comput. 17(2), 1988). Applying it again to
-    results that fall outside range(length) restricts it to that range (cycle-walking: Black and Rogaway, "Ciphers with
-    arbitrary finite domains", CT-RSA 2002). The domain is less than four times `length`, so a position walks fewer
-    than four rounds on average.
-
-    Args:
-        positions: int64, any shape, values in 0..length-1.
-        length: size of the permuted range.
-        seed: root of all randomness.
-        epoch: the epoch whose permutation is wanted.
-
-    Returns:
-        int64 array of the same shape, values in 0..length-1.
-    """
-    half = max(1, (int(length - 1).bit_length() + 1) // 2)
-    mask = np.uint64((1 << half) - 1)
-    shift = np.uint64(half)
-    keys = seed_sequence(Stream.SHUFFLE, seed, epoch).generate_state(_FEISTEL_ROUNDS, np.uint64)
-    result = positions.astype(np.uint64)
-    outside = np.ones(result.shape, dtype=bool)
-    while outside.any():
-        values = result[outside]
-        left, right = values >> shift, values & mask
-        for key in keys:
-            left, right = right, left ^ (_mix(right ^ key) & mask)
-        result[outside] = (left << shift) | right
-        outside = result >= length
-    return result.astype(np.int64)
-
-
-def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014)."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))

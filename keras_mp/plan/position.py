@@ -125,19 +125,20 @@ class Position:
         """Whether nobody else has been handed out something since."""
         return self._current is progress
 
-    def look(self, index: int) -> BatchKey:
+    def look(self, index: int, by_keras: bool = False) -> BatchKey:
         """The batch that `index` is outside of a pass.
+
+        Keras looks at two for what varies in them: with buckets, or where fewer are left, at the epoch's first two.
 
         Raises:
             IndexError: there is none.
         """
-        count = len(self)
+        start, count = self._start, len(self)
+        if by_keras and 0 <= index < self.count and (index >= count or self.plan.buckets_digest):
+            start, count = Progress(start.epoch, permuted=start.permuted), self.count
         if not -count <= index < count:
             raise IndexError(f"batch {index} is out of range: the dataset has {count} batches")
-        index %= count
-        missing = sorted(self._start.missing)
-        position = missing[index] if index < len(missing) else self._start.position + index - len(missing)
-        return self.epoch, self.order(self._start)[position]
+        return start.epoch, self.order(start)[start.position_of(index % count)]
 
     def finish(self, progress: Progress) -> None:
         """All of an epoch has been handed out: if it is the current one, the next begins."""
@@ -246,7 +247,7 @@ class Position:
         run = self._begin_pass(number, by_keras, stride) if is_first else self._pass_of(by_keras)
         counts = run is not None and by_keras == run.by_keras
         if run is None or not run.has(number, counts):
-            return Asked(self.look(number))
+            return Asked(self.look(number, by_keras and run is None))
         self._is_asked |= counts
         position, is_next = run.place(number)
         if counts:

@@ -33,6 +33,11 @@ class Progress:
         """Those that are left, in order."""
         return itertools.chain(sorted(self.missing), range(self.position, count))
 
+    def position_of(self, number: int) -> int:
+        """The position of the `number`-th of those that are left, from 0."""
+        missing = sorted(self.missing)
+        return missing[number] if number < len(missing) else self.position + number - len(missing)
+
     def hand_out(self, position: int) -> None:
         """The batch at `position` has been handed out."""
         if position < self.position:

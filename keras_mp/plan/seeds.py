@@ -19,6 +19,8 @@ class Stream(enum.IntEnum):
     SUBSTITUTES = 5  # which samples are tried
     SUBSTITUTE = 6  # what such a sample draws
     BATCH_ORDER = 7  # of batches, where Keras shuffles them
+    BUCKET_ORDER = 8  # of the batches of all buckets
+    SPLIT = 9  # which samples go to which part of a source
 
 
 def seed_sequence(

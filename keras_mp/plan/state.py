@@ -73,6 +73,7 @@ def _identity(plan: Batching, loader: str) -> dict[str, Any]:
         "batch_size": plan.batch_size,
         "shuffle": plan.shuffle,
         "order": plan.order is not None,
+        "buckets": plan.buckets_digest,
         "drop_remainder": plan.drop_remainder,
         "num_shards": plan.num_shards,
         "shard": plan.shard,

@@ -60,6 +60,11 @@ class PoolClient:
         """How many requests had better travel together."""
         return self._shared.bundle_size
 
+    @property
+    def batch_bytes(self) -> int | None:
+        """Bytes of the arrays in the batch that came last; None as long as none has come."""
+        return self._shared.batch_bytes
+
     def submit(self, requests: Sequence[Request]) -> list[Job]:
         """Queues requests.
 
@@ -132,7 +137,7 @@ class PoolClient:
             if self._small.holds(small, small_places, small_size):
                 return False
         try:
-            large_segment = large_segment or Segment(large, large_places, large_size)
+            large_segment = large_segment or Segment.holding(large, large_places, large_size)
             small_segment = Segment(small, small_places, small_size)
         except OSError as error:
             if large_segment is not None and large_segment is not self._large:

@@ -32,7 +32,6 @@ from __future__ import annotations
 import collections
 import os
 import selectors
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -44,7 +43,7 @@ from keras_mp.workers.job_queue import JobQueue
 from keras_mp.workers.jobs import Job
 from keras_mp.workers.messages import Done, Refused, Reply
 from keras_mp.workers.shared_loader import SharedLoader
-from keras_mp.workers.start_record import StartRecord
+from keras_mp.workers.starts import Starts
 from keras_mp.workers.verdict import record_end
 from keras_mp.workers.waiting import Patience
 from keras_mp.workers.worker_set import WorkerSet
@@ -74,7 +73,7 @@ class Dispatcher:
         self._thread: threading.Thread | None = None
         self._ticking = False  # the thread looks around by itself, and need not be woken
         self._busy_at = 0.0
-        self._starts = StartRecord()
+        self._starts = Starts(self.workers, self._queue, self.lock)
 
     # -- called by consumers -------------------------------------------------------------------------------------
 
@@ -139,6 +138,12 @@ class Dispatcher:
         elif wait and thread is not threading.current_thread():
             thread.join(_JOIN_TIMEOUT_S)
 
+    def resize(self, count: int) -> None:
+        """Has `count` workers from now on; those that are too many end when they have answered."""
+        with self.lock:
+            self.workers.count = count
+            self.workers.wake()
+
     def describe(self) -> dict[str, Any]:
         """Numbers for `stats()`."""
         with self.lock:
@@ -187,6 +192,7 @@ class Dispatcher:
                         gone = self.workers.look_around(self._loaders)
                         for handle in self.workers.ended():
                             self._settle(handle)
+                        self.workers.shrink()
                         self._queue.hand_out()
                     now = time.monotonic()
                     if self._queue or any(not handle.is_idle for handle in self.workers.handles):
@@ -197,7 +203,8 @@ class Dispatcher:
                 self.workers.log_ends()
                 for handle in gone:
                     self._read(handle, gone=True)  # first the answers that it has given
-                self._start_missing()
+                if not self.closed:
+                    self._starts.start_missing()
         except BaseException as error:
             failure = error
             raise
@@ -264,12 +271,10 @@ class Dispatcher:
         """Puts back what a worker was doing that has ended, or that cannot be made to."""
         said = handle.process.captured_stderr()
         end = handle.settle()
+        if handle.is_surplus and not handle.bundles:  # it was let go, and has left
+            return
         if not handle.process.ready:
-            # While another is ending, too, its failure would be that of jobs which come after this answer.
-            if self._starts.add_failure(end) and not self.workers.handles and not self.workers.are_ending:
-                self._queue.fail_all(
-                    f"a worker process could not start: it {end.text}. It said:\n{said or '(nothing)'}"
-                )
+            self._starts.add_failure(end, said)
             return
         self.workers.record_end(handle.process.pid, end)
         job = handle.blamable
@@ -278,29 +283,6 @@ class Dispatcher:
         jobs = handle.jobs
         handle.bundles.clear()  # whoever still holds the handle must not hold their slots
         self._queue.put_back(jobs)
-
-    def _start_missing(self) -> None:
-        """Starts as many workers as there is work for."""
-        while self._wants_worker():
-            try:
-                self.workers.start(self.lock)
-            except OSError as error:
-                with self.lock:
-                    self._starts.pause()
-                    if not self.workers.handles:  # else those that there are do the work
-                        self._queue.fail_all(
-                            f"no worker process could be started: {error}. Received workers={self.workers.count}; "
-                            "lower it, or raise the limit on processes or open files (ulimit -u, ulimit -n). "
-                            f"sys.executable={sys.executable!r} must be a Python interpreter."
-                        )
-                return
-
-    def _wants_worker(self) -> bool:
-        if self.workers.is_full or self.closed:
-            return False
-        with self.lock:
-            starting = sum(not handle.process.ready for handle in self.workers.handles)
-            return starting < len(self._queue) and not (self.workers.handles and self._starts.is_pausing)
 
     # -- ends ----------------------------------------------------------------------------------------------------
 

@@ -37,6 +37,7 @@ class WorkerHandle:
         bundles: what it has been asked for and has not answered, in order.
         end: how it ended; None as long as nothing is known of an end.
         stalls: watches it for samples that take very long.
+        is_surplus: there is one too many, and this is the one to go.
     """
 
     def __init__(self, process: Process) -> None:
@@ -45,6 +46,7 @@ class WorkerHandle:
         self.bundles: collections.deque[Bundle] = collections.deque()
         self.end: WorkerEnd | None = None
         self.stalls = StallWatch()
+        self.is_surplus = False
         self._writer = frames.FrameWriter(process.sock)
         self._versions: dict[int, int] = {}  # of the loaders that it has, by their numbers
         self._slots: set[tuple[int, int]] = set()  # that it has, by the numbers of loader and slot
@@ -63,7 +65,8 @@ class WorkerHandle:
 
     def has_room(self, depth: int) -> bool:
         """Whether it may be given a bundle, where it may hold `depth` of them."""
-        return len(self.bundles) < depth and self.process.ready and self.process.killed_at is None
+        is_usable = self.process.ready and self.process.killed_at is None and not self.is_surplus
+        return is_usable and len(self.bundles) < depth
 
     @property
     def busy_s(self) -> float:

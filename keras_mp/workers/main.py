@@ -245,7 +245,7 @@ def die_with_parent(lifeline: int) -> None:
 def _write_where_on_signal() -> int:
     """Has SIGUSR1 write the main thread's traceback to a memory file, also where C code holds the GIL."""
     try:
-        where = create_memory_file()
+        where = create_memory_file("traceback")
     except OSError:
         return -1
     faulthandler.register(signal.SIGUSR1, file=where, all_threads=False)

@@ -119,7 +119,7 @@ class Process:
     def where(self) -> str:
         """Its traceback, as it was when asked; empty if that cannot be had."""
         with contextlib.suppress(OSError), open(f"/proc/{self.pid}/fd/{self._where_fd}") as file:
-            return file.read(_STDERR_TAIL_BYTES)
+            return file.read()[-_STDERR_TAIL_BYTES:]
         return ""
 
     def is_stopped(self) -> bool:

@@ -47,7 +47,7 @@ class SharedLoader:
         self.closed_at = 0.0
         self.totals = WorkTotals()
         self._mean_load_s = _SHORT_LOAD_S
-        self._batch_bytes = _BUNDLE_BYTES
+        self.batch_bytes: int | None = None  # of the last one
         self._lock = threading.Lock()  # of what follows, and never held for long
         self._message: SetLoader | None = None
         self._segments: tuple[Segment, ...] = ()
@@ -88,7 +88,9 @@ class SharedLoader:
         if self._mean_load_s >= _SHORT_LOAD_S:
             return 1
         most = _SHORT_BUNDLE if self.spreads else _TINY_BUNDLE
-        return max(1, min(most, _BUNDLE_BYTES // max(1, self._batch_bytes)))
+        return max(
+            1, min(most, _BUNDLE_BYTES // max(1, _BUNDLE_BYTES if self.batch_bytes is None else self.batch_bytes))
+        )
 
     @property
     def spreads(self) -> bool:
@@ -98,7 +100,7 @@ class SharedLoader:
     def record_batch(self, load_s: float, nbytes: int) -> None:
         """Takes a batch's loading time and size into account."""
         self._mean_load_s += 0.2 * (load_s - self._mean_load_s)
-        self._batch_bytes = nbytes
+        self.batch_bytes = nbytes
 
     def close(self) -> None:
         """Gives up segments and slots; batches that the consumer holds stay valid.

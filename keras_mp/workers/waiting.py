@@ -20,6 +20,7 @@ from keras_mp.workers.process import Process
 
 STALL_S = 60.0  # at one sample
 _START_IS_LONG_S = 2.0
+_HEADING = "(most recent call first):"  # faulthandler's, over each traceback
 _OUR_CODE = str(pathlib.Path(__file__).resolve().parents[1] / "loading")
 
 
@@ -31,16 +32,16 @@ class StallWatch:
 
     def check(self, process: Process, job: Job | None, now: float) -> None:
         """Looks at the batch that the worker is at; what is found is left at its loader, once."""
+        asked, self._asked = self._asked, None
         if job is None or job.loader.timeout_s is not None or job.loader.stall_is_told:
             return
         position = job.position
         if position == NOT_STARTED or now - job.sample_since < STALL_S:
             return
-        if self._asked != (job, position):
+        if asked != (job, position):
             self._asked = job, position
             process.ask_where()  # the answer is there when this looks again
             return
-        self._asked = None
         job.loader.stall_is_told = True
         index = job.loader.samples.index_at(job.request, position)
         if position == SAMPLES_DONE:
@@ -51,15 +52,15 @@ class StallWatch:
         job.loader.stall = (
             f"keras_mp: {job.name} {at} for {now - job.sample_since:.0f} s, in worker process {process.pid}. "
             "Nothing ends it, as no timeout= is set; with timeout=seconds the worker would be replaced, and the batch "
-            "run again. " + (f"It stands here:\n{_of_the_users(where)}" if where else "")
+            "run again. " + (f"It stands here, innermost call first:\n{_of_the_users(where)}" if where else "")
         )
 
 
 def _of_the_users(traceback: str) -> str:
     """A traceback, innermost call first, without what is ours and below."""
-    lines = traceback.splitlines()
+    lines = traceback.rpartition(_HEADING)[2].splitlines()  # one that was asked for before may stand above it
     ours = next((number for number, line in enumerate(lines) if _OUR_CODE in line), len(lines))
-    return "\n".join(lines[:ours] if ours > 1 else lines)
+    return "\n".join(lines[:ours] if ours > 1 else lines).strip()
 
 
 class Patience:

@@ -190,6 +190,14 @@ class WorkerSet:
                 handle.stalls.check(handle.process, handle.current, now)
         return gone
 
+    def shrink(self) -> None:
+        """Ends workers that are too many, as soon as they have nothing to do."""
+        for number, handle in enumerate(list(self.handles)):
+            handle.is_surplus = number >= self.count
+            if handle.is_surplus and handle.is_idle:
+                self.remove(handle)
+                handle.process.hang_up()
+
     def remove(self, handle: WorkerHandle) -> None:
         """A worker's socket has ended, or no more is expected of it. It gets no more jobs; those it has wait."""
         if handle in self.handles:

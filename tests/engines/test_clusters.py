@@ -143,7 +143,7 @@ def test_batches_can_be_written_to(name: str, pools: Callable[[str], Any]) -> No
 @pytest.mark.parametrize("name", _POOLS)
 def test_an_error_names_sample_and_batch(name: str, pools: Callable[[str], Any]) -> None:
     with keras_mp.PoolDataset(range(16), fail_on_seven, batch_size=4, pool=pools(name)) as dataset:
-        with pytest.raises(ValueError, match="sample 7 .*batch 1 of epoch 0") as caught:
+        with pytest.raises(ValueError, match=r"sample 7 .*batch 1 of epoch 0") as caught:
             list(dataset)
     assert isinstance(caught.value, keras_mp.SampleError)
 
@@ -172,7 +172,7 @@ def test_an_executor_that_breaks_is_an_error_that_names_the_batch(name: str) -> 
 def test_a_sample_that_ends_one_worker_after_the_other(name: str, pools: Callable[[str], Any]) -> None:  # P3
     pool = pools(name)
     dataset = keras_mp.PoolDataset(range(16), Deadly(), batch_size=4, pool=pool, max_queue_size=1)
-    with dataset, pytest.raises(keras_mp.WorkerCrashed, match="batch [12] of epoch 0"):
+    with dataset, pytest.raises(keras_mp.WorkerCrashed, match=r"batch [12] of epoch 0"):
         list(dataset)
 
 
@@ -203,7 +203,7 @@ def test_an_executor_that_has_been_shut_down(name: str) -> None:
     with clusters.POOLS[name]() as pool:
         pool.shutdown()
         with keras_mp.PoolDataset(range(4), batch_size=2, pool=pool) as dataset:
-            with pytest.raises(keras_mp.PoolClosed, match="batch 0 of epoch 0.*keep it open"):
+            with pytest.raises(keras_mp.PoolClosed, match=r"batch 0 of epoch 0.*keep it open"):
                 list(dataset)
 
 

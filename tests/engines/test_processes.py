@@ -19,6 +19,8 @@ import keras_mp
 from keras_mp.checks import check_workers
 from keras_mp.loading.loader import SampleLoader
 from keras_mp.plan.request import Request
+from keras_mp.workers.client import PoolClient
+from keras_mp.workers.dispatcher import Dispatcher
 from tests import transforms
 from tests.census import eventually, worker_pids
 
@@ -415,21 +417,21 @@ class _BlocksOnce:
 
 def test_a_worker_that_died_idle_is_not_held_against_a_batch_that_killed_another(tmp_path: Path) -> None:
     """The batch is handed to the dead one before its end is known; it has not begun there."""
-    with keras_mp.WorkerPool(2) as pool:
-        warm = pool.client(SampleLoader(range(8)))
-        for job in warm.submit([Request(0, batch, range(4)) for batch in range(2)]):
-            warm.result(job)
-        assert eventually(lambda: len(pool.stats()["pids"]) == 2)
-        client = pool.client(SampleLoader(range(8), _BlocksOnce(tmp_path / "there")))
-        (job,) = client.submit([Request(0, 0, range(4))])
-        assert eventually((tmp_path / "there").exists)
-        dispatcher = pool._dispatcher
-        with dispatcher.lock:
-            busy, idle = sorted(dispatcher.workers.handles, key=lambda handle: not handle.jobs)
-            for handle in (busy, idle):
-                os.kill(handle.process.pid, signal.SIGKILL)
-                process = psutil.Process(handle.process.pid)
-                assert eventually(functools.partial(_is_zombie, process))
-        assert client.result(job).batch.tolist() == [0, 1, 2, 3]
-        client.close()
-        warm.close()
+    dispatcher = Dispatcher(2, None, 1)
+    warm = PoolClient(dispatcher, SampleLoader(range(8)), None, None)
+    for job in warm.submit([Request(0, batch, range(4)) for batch in range(2)]):
+        warm.result(job)
+    assert eventually(lambda: len(dispatcher.describe()["pids"]) == 2)
+    client = PoolClient(dispatcher, SampleLoader(range(8), _BlocksOnce(tmp_path / "there")), None, None)
+    (job,) = client.submit([Request(0, 0, range(4))])
+    assert eventually((tmp_path / "there").exists)
+    with dispatcher.lock:
+        busy, idle = sorted(dispatcher.workers.handles, key=lambda handle: not handle.jobs)
+        for handle in (busy, idle):
+            os.kill(handle.process.pid, signal.SIGKILL)
+            process = psutil.Process(handle.process.pid)
+            assert eventually(functools.partial(_is_zombie, process))
+    assert client.result(job).batch.tolist() == [0, 1, 2, 3]
+    client.close()
+    warm.close()
+    dispatcher.close()

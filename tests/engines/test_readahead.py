@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import keras_mp
-from keras_mp.engines.readahead import ReadAhead
+from keras_mp.engines.readahead import Limit, ReadAhead
 from keras_mp.loading.base import Loaded, Loader
 from keras_mp.plan.request import Request
 
@@ -23,6 +23,7 @@ class _Engine:
     """Records what is asked of it."""
 
     bundle_size = 1
+    batch_bytes: int | None = None
 
     def __init__(self) -> None:
         self.submitted: list[Key] = []
@@ -58,6 +59,10 @@ class _Engine:
         raise NotImplementedError
 
 
+def _limit(batches: int) -> Limit:
+    return Limit(batches, batches, 1 << 30)
+
+
 def _requests(*batches: int) -> Iterator[Request]:
     return (Request(0, batch, [batch]) for batch in batches)
 
@@ -68,7 +73,7 @@ def _keys(*batches: int) -> list[Key]:
 
 def test_reads_ahead_up_to_the_depth() -> None:
     engine = _Engine()
-    ahead = ReadAhead(engine, _requests(*range(10)), 3)
+    ahead = ReadAhead(engine, _requests(*range(10)), _limit(3))
     assert engine.submitted == []
     ahead.start()
     assert engine.submitted == _keys(0, 1, 2)
@@ -84,7 +89,7 @@ def test_reads_ahead_up_to_the_depth() -> None:
 def test_small_batches_are_requested_several_at_a_time() -> None:
     engine = _Engine()
     engine.bundle_size = 4
-    ahead = ReadAhead(engine, _requests(*range(100)), 10)
+    ahead = ReadAhead(engine, _requests(*range(100)), _limit(10))
     ahead.start()
     pending = [10]
     for _ in range(60):
@@ -96,7 +101,7 @@ def test_small_batches_are_requested_several_at_a_time() -> None:
 
 def test_depth_0_reads_nothing_ahead() -> None:
     engine = _Engine()
-    ahead = ReadAhead(engine, _requests(*range(10)), 0)
+    ahead = ReadAhead(engine, _requests(*range(10)), _limit(0))
     ahead.start()
     assert not engine.submitted
     assert ahead.next().batch == (0, 0)
@@ -105,14 +110,14 @@ def test_depth_0_reads_nothing_ahead() -> None:
 
 def test_an_endless_sequence_is_read_as_far_as_needed() -> None:
     engine = _Engine()
-    ahead = ReadAhead(engine, (Request(0, batch, [batch]) for batch in itertools.count()), 2)
+    ahead = ReadAhead(engine, (Request(0, batch, [batch]) for batch in itertools.count()), _limit(2))
     assert ahead.next().batch == (0, 0)
     assert engine.pending == _keys(1, 2)
 
 
 def test_what_has_been_requested_is_requested_anew() -> None:
     engine = _Engine()
-    ahead = ReadAhead(engine, _requests(*range(6)), 3)
+    ahead = ReadAhead(engine, _requests(*range(6)), _limit(3))
     ahead.next()
     ahead.renew()
     assert engine.cancelled == _keys(1, 2, 3)
@@ -122,7 +127,7 @@ def test_what_has_been_requested_is_requested_anew() -> None:
 
 def test_close_cancels_everything_and_lets_go_of_the_engine() -> None:
     engine = _Engine()
-    ahead = ReadAhead(engine, _requests(*range(20)), 4)
+    ahead = ReadAhead(engine, _requests(*range(20)), _limit(4))
     ahead.next()
     alive = weakref.ref(engine)
     ahead.close()
@@ -138,7 +143,7 @@ def test_close_cancels_everything_and_lets_go_of_the_engine() -> None:
 def test_whatever_is_renewed_each_batch_comes_once_in_order(depth: int, bundle: int, steps: list[str]) -> None:  # P1
     engine = _Engine()
     engine.bundle_size = bundle
-    ahead = ReadAhead(engine, _requests(*range(25)), depth)
+    ahead = ReadAhead(engine, _requests(*range(25)), _limit(depth))
     ahead.start()
     served = []
     for step in steps:

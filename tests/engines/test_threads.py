@@ -289,21 +289,29 @@ def test_an_executor_that_has_been_shut_down_is_named() -> None:
             pass
 
 
+class _Counting(concurrent.futures.ThreadPoolExecutor):
+    submitted = 0
+
+    def submit(self, *arguments: Any, **options: Any) -> concurrent.futures.Future[Any]:
+        future = super().submit(*arguments, **options)
+        self.submitted += 1
+        return future
+
+
 def test_an_executor_that_is_shut_down_cancels_no_wait_silently() -> None:
     transform = _Hanging(0)
-    executor = concurrent.futures.ThreadPoolExecutor(1)
-    queued: Any = executor._work_queue
+    executor = _Counting(1)
     with keras_mp.PoolDataset(range(32), transform, batch_size=2, pool=executor) as data:
         first = _on_a_thread(lambda: data[0])
         assert transform.reached.wait(_DEADLINE_S)
         second = _on_a_thread(lambda: list(data))
-        assert eventually(lambda: queued.qsize() > 1)
+        assert eventually(lambda: executor.submitted > 2)
         executor.shutdown(wait=False, cancel_futures=True)
         transform.go_on.set()
         assert isinstance(first(), np.ndarray)
         outcome = second()
         assert isinstance(outcome, keras_mp.PoolClosed)
-        assert "ThreadPoolExecutor" in str(outcome)
+        assert "_Counting that was given as pool= has been shut down" in str(outcome)
 
 
 # -- what user code keeps --------------------------------------------------------------------------------------------

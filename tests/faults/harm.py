@@ -69,8 +69,10 @@ class Harm:
         """Does the harm, if it may strike again."""
         for number in range(self.struck, self.times):
             try:
-                with (self.folder / f"struck-{number}").open("x") as file:
-                    file.write(str(os.getpid()))
+                # Under a name that is not looked for, so that nobody reads it half written.
+                written = self.folder / f"by-{os.getpid()}"
+                written.write_text(str(os.getpid()))
+                os.link(written, self.folder / f"struck-{number}")
             except FileExistsError:
                 continue
             _KINDS[self.kind]()

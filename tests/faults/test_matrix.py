@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import keras_mp
-from keras_mp.workers import handle, start_record
+from keras_mp.workers import handle, starts
 from tests.census import eventually
 from tests.faults import harm as harms
 from tests.faults.common import digests, harmed, undisturbed
@@ -200,7 +200,7 @@ def test_workers_that_die_while_starting_are_replaced(kind: str, times: int, tmp
 def test_workers_that_cannot_start_are_an_error(
     kind: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(start_record, "_PATIENCE_S", 1.0)
+    monkeypatch.setattr(starts, "_PATIENCE_S", 1.0)
     if kind == "hang":
         monkeypatch.setattr(handle, "_START_TIMEOUT_S", 1.0)
     code = f"import sys\nprint('here it goes', file=sys.stderr, flush=True)\n{_striking(Harm(kind, tmp_path, ALWAYS))}"

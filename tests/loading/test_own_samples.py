@@ -79,6 +79,32 @@ def test_code_that_writes_into_its_sample_works_everywhere(case: str, engine: di
     np.testing.assert_equal(source, before)
 
 
+_VIEWS: dict[str, tuple[Any, Any]] = {
+    "part": (keras_mp.split(_ROWS, 0.5)[0], double),
+    "concat": (keras_mp.concat(_ROWS, list(_ROWS)), double),
+    "zip": (keras_mp.zip(list(_ROWS), _ROWS), double_parts),
+    "windows": (keras_mp.windows(_ROWS, 3), double),
+    "views of views": (keras_mp.zip(keras_mp.concat(keras_mp.windows(_ROWS, 2), _ROWS[None, :2])), double_parts),
+}
+
+
+@pytest.mark.parametrize("view", _VIEWS)
+@pytest.mark.parametrize("collates", [False, True])
+def test_what_a_view_gives_of_memory_is_a_copy_too(view: str, collates: bool, engine: dict[str, Any]) -> None:
+    source, write = _VIEWS[view]
+    before = _ROWS.copy()
+    expected = [np.asarray(sample).tolist() for sample in (write(copy.deepcopy(sample)) for sample in source)]
+
+    def write_all(samples: list[Any]) -> Any:
+        return np.stack([np.asarray(write(sample)) for sample in samples])
+
+    functions: dict[str, Any] = {"collate": write_all} if collates else {"transform": lambda s: np.asarray(write(s))}
+    with keras_mp.PoolDataset(source, batch_size=2, seed=1, **functions, **engine) as train:
+        for _ in range(3):
+            assert [sample.tolist() for batch in train for sample in batch] == expected
+    np.testing.assert_array_equal(_ROWS, before)
+
+
 def test_each_try_has_its_own(engine: dict[str, Any], tmp_path: Path) -> None:
     def write_and_fail(sample: Any) -> Any:
         sample += 1

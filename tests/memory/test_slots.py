@@ -378,6 +378,28 @@ def test_segments_hold_their_buffers(data: list[bytes]) -> None:
         segment.close()
 
 
+def test_segments_of_the_same_bytes_share_their_memory() -> None:
+    def segment(data: bytes) -> Segment:
+        buffers = [pickle.PickleBuffer(data)]
+        return Segment.holding(buffers, *files.place_buffers(buffers))
+
+    first, second, other = segment(b"abc" * 1000), segment(b"abc" * 1000), segment(b"abd" * 1000)
+    try:
+        assert os.fstat(first.fd).st_ino == os.fstat(second.fd).st_ino != os.fstat(other.fd).st_ino
+        first.close()
+        third = segment(b"abc" * 1000)  # of the one that is left
+        assert os.fstat(third.fd).st_ino == os.fstat(second.fd).st_ino
+        assert map_segment(third.fd, third.size)[:6].tobytes() == b"abcabc"
+        second.close()
+        third.close()
+        before = len(os.listdir("/dev/fd"))
+        segment(b"abc" * 1000).close()
+        assert len(os.listdir("/dev/fd")) == before
+    finally:
+        for made in (first, second, other):
+            made.close()
+
+
 def test_an_empty_segment_holds_nothing() -> None:
     segment = Segment([], [], 0)
     try:

@@ -22,6 +22,7 @@ from keras_mp.memory.slots import Slot
 from keras_mp.plan.request import Request
 from keras_mp.workers import main
 from keras_mp.workers.client import PoolClient
+from keras_mp.workers.dispatcher import Dispatcher
 from keras_mp.workers.faults import SampleNames
 from keras_mp.workers.jobs import Bundle
 from keras_mp.workers.messages import Done, Failed, Forget, Reply, Run, SetLoader
@@ -103,10 +104,12 @@ def test_batches_of_one_bundle_share_a_slot_and_no_memory(pool: keras_mp.WorkerP
     client.close()
 
 
-def test_a_bundle_that_was_never_filled_does_no_harm(running_pool: keras_mp.WorkerPool) -> None:  # P3
+def test_a_bundle_that_was_never_filled_does_no_harm() -> None:  # P3
     """Ctrl-C in a consumer may come between the making of a bundle and its filling."""
     loader = SharedLoader(SampleNames(BatchLoader([0])), 0.0)
-    dispatcher = running_pool._dispatcher
+    dispatcher = Dispatcher(1, None, 1)
+    client = PoolClient(dispatcher, BatchLoader([np.arange(3)]), None, None)
+    client.result(client.submit([Request(0, 0, [0])])[0])
     with dispatcher.lock:
         handle = next(handle for handle in dispatcher.workers.handles if handle.process.ready)
         handle.begin_bundle(Bundle(-1, loader, loader.slots.acquire()))
@@ -116,6 +119,8 @@ def test_a_bundle_that_was_never_filled_does_no_harm(running_pool: keras_mp.Work
             handle.bundles.pop()
     assert handle.end is None
     loader.close()
+    client.close()
+    dispatcher.close()
 
 
 class _Slow:
