@@ -6,11 +6,16 @@ import concurrent.futures
 import contextlib
 import multiprocessing
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import psutil
+
+from tests.census import eventually
 
 
 @contextlib.contextmanager
@@ -52,6 +57,44 @@ def dask_cluster(in_processes: bool = True) -> Iterator[Any]:
         finally:
             client.close()
             cluster.close()
+
+
+@contextlib.contextmanager
+def dask_of_commands(folder: Path) -> Iterator[tuple[Any, int]]:
+    """A client of one worker and a scheduler that are processes of their own, and the scheduler's process id."""
+    import dask
+    import distributed
+
+    file = folder / "scheduler.json"
+    command = [sys.executable, "-m", "distributed.cli."]
+    options = ["--scheduler-file", str(file), "--no-dashboard"]
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(name: str, *more: str) -> None:
+        started.append(
+            subprocess.Popen(
+                [*command[:-1], command[-1] + name, *options, *more],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+        )
+
+    with dask.config.set({"distributed.comm.timeouts.connect": "2s"}):
+        try:
+            start("dask_scheduler", "--host", "127.0.0.1", "--port", "0")
+            assert eventually(file.exists, 60)
+            start("dask_worker", "--nthreads", "2", "--no-nanny", "--death-timeout", "60")
+            client = distributed.Client(scheduler_file=str(file), timeout="30s")
+            try:
+                client.wait_for_workers(1, timeout=60)
+                yield client, started[0].pid
+            finally:
+                client.close()
+        finally:
+            for process in started:
+                process.kill()
+                process.wait()
 
 
 @contextlib.contextmanager

@@ -136,3 +136,31 @@ class KillsOnce:
             self.flag.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return np.array([sample, rng.random()])
+
+
+class Marked:
+    """Notes in a folder that a sample has been begun; any but the first then waits for the gate, a file, if any."""
+
+    def __init__(self, folder: Path, gate: Path | None = None) -> None:
+        self.folder = folder
+        self.gate = gate
+
+    def __call__(self, sample: int) -> int:
+        (self.folder / str(sample)).touch()
+        while sample and self.gate is not None and not self.gate.exists():
+            threading.Event().wait(0.02)
+        return sample
+
+
+class Kills:
+    """Kills processes on one sample, then hangs."""
+
+    def __init__(self, pids: list[int]) -> None:
+        self.pids = pids
+
+    def __call__(self, sample: int) -> Any:
+        if sample == 9:
+            for pid in self.pids:
+                os.kill(pid, signal.SIGKILL)
+            threading.Event().wait(600)
+        return np.float32(sample)

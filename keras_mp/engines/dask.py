@@ -27,7 +27,7 @@ from keras_mp.errors import KerasMPError, WorkerCrashed
 from keras_mp.plan.request import Request
 
 _REACH_TIMEOUT_S = 2.0
-_SCATTER_TIMEOUT_S = 60.0  # for a worker to be there
+_FIRST_WORKER_TIMEOUT_S = 60.0  # a cluster may be just starting
 _POLL_S = 0.05
 
 
@@ -88,13 +88,12 @@ class DaskBackend:
     def put(self, package: Package) -> Placed:
         return _Scattered(self, package)
 
-    def scatter(self, package: Package) -> Any:
+    def scatter(self, package: Package, again: bool = False) -> Any:
         """Sends the package to every worker; the future of it, for as long as which they keep it."""
         self._wait_for_scheduler()
+        timeout_s = self._timeout_s if again else max(self._timeout_s, _FIRST_WORKER_TIMEOUT_S)
         try:
-            return self._client.scatter(
-                package, broadcast=True, hash=False, timeout=max(self._timeout_s, _SCATTER_TIMEOUT_S)
-            )
+            return self._client.scatter(package, broadcast=True, hash=False, timeout=timeout_s)
         except Exception as error:
             raise WorkerCrashed(
                 f"Dask has no worker that takes the dataset's source and functions: {type(error).__name__}: {error}\n"
@@ -192,7 +191,7 @@ class _Scattered:
                         "Dask has lost the dataset's source with its workers, and the arrays in it have been changed "
                         "since, so that what was read of it in this epoch cannot be read again"
                     )
-                self.place = self._backend.scatter(self._package)
+                self.place = self._backend.scatter(self._package, again=True)
 
     def close(self) -> None:
         self.place = None  # Dask lets go of what no future stands for

@@ -5,22 +5,36 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
+import itertools
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import keras
 import numpy as np
 import pytest
 
 import keras_mp
 from tests import clusters
 from tests.census import eventually
-from tests.transforms import Augmented, Counted, Deadly, Hangs, KillsOnce, fail_on_seven, permuted, process_facts
+from tests.consumers import EPOCHS, exported, fitted, iterated
+from tests.transforms import (
+    Augmented,
+    Counted,
+    Deadly,
+    Hangs,
+    Kills,
+    KillsOnce,
+    Marked,
+    fail_on_seven,
+    permuted,
+    process_facts,
+)
 
 pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("clusters"), pytest.mark.timeout(240)]
 
-_SAMPLES, _BATCH, _EPOCHS = 40, 4, 2
+_SAMPLES, _BATCH = 40, 4
 _POOLS = ["processes", "loky", "dask", "dask executor", "dask in this process", "ray"]
 _REPLACING = ["dask", "dask executor", "ray"]  # those that go on when a worker has died
 
@@ -42,10 +56,10 @@ def pools() -> Iterator[Callable[[str], Any]]:
     assert eventually(lambda: not clusters.of_this_process())
 
 
-def _digests(consume: Callable[[Any], Any], flag: Path | None = None, **options: Any) -> list[bytes]:
+def _digests(consume: Callable[[Any], Any], **options: Any) -> list[bytes]:
     with keras_mp.PoolDataset(
         range(_SAMPLES),
-        Augmented(flag),
+        Augmented(),
         batch_size=_BATCH,
         batch_transform=permuted,
         shuffle=True,
@@ -53,37 +67,8 @@ def _digests(consume: Callable[[Any], Any], flag: Path | None = None, **options:
         **options,
     ) as dataset:
         batches = [np.asarray(batch) for batch in consume(dataset)]
-    assert len(batches) == _EPOCHS * _SAMPLES // _BATCH
+    assert len(batches) == EPOCHS * _SAMPLES // _BATCH
     return [batch.tobytes() for batch in batches]
-
-
-def iterated(dataset: Any) -> Iterator[Any]:
-    for _ in range(_EPOCHS):
-        yield from dataset
-
-
-class Identity(keras.Model):
-    """A model whose training step notes what it was given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Any] = []
-
-    def train_step(self, data: Any) -> dict[str, Any]:
-        (x,) = data if isinstance(data, tuple) else (data,)
-        self.seen.append(x.numpy())
-        return {"loss": 0.0}
-
-
-def fitted(dataset: Any) -> list[Any]:
-    model = Identity()
-    model.compile(run_eagerly=True)
-    model.fit(dataset, epochs=_EPOCHS, shuffle=False, verbose=0)
-    return model.seen
-
-
-def exported(dataset: Any) -> list[Any]:
-    return [batch.numpy() for batch in dataset.to_tf_dataset(epochs=_EPOCHS)]
 
 
 @pytest.mark.parametrize("name", _POOLS)
@@ -113,7 +98,7 @@ def test_a_killed_worker_changes_nothing(
 
 @pytest.mark.parametrize("name", ["processes", "loky", "dask", "ray"])
 def test_the_source_is_unpickled_once_in_each_worker(name: str, pools: Callable[[str], Any], tmp_path: Path) -> None:
-    source = Counted(tmp_path, 1_000_000)
+    source = Counted(tmp_path, 20_000_000)  # 160 MB
     with keras_mp.PoolDataset(source, batch_size=2, pool=pools(name)) as dataset:
         for _ in range(2):
             assert [int(batch[0, 0]) for batch in dataset] == list(range(0, 64, 2))
@@ -156,6 +141,108 @@ def test_nothing_stays_in_a_cluster_after_close(pools: Callable[[str], Any]) -> 
     assert eventually(lambda: not client.who_has())
 
 
+class _Weighing(concurrent.futures.Executor):
+    """Runs tasks here, as they come out of a pickle, whose size it notes."""
+
+    def __init__(self) -> None:
+        self.bytes: list[int] = []
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[Any]:
+        task = pickle.dumps((fn, args, kwargs))
+        self.bytes.append(len(task))
+        function, arguments, options = pickle.loads(task)
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        future.set_result(function(*arguments, **options))
+        return future
+
+
+def test_a_task_carries_the_request_alone() -> None:
+    executor = _Weighing()
+    with keras_mp.PoolDataset(np.ones((64, 1000)), batch_size=4, pool=executor) as dataset:
+        assert len(list(dataset)) == 16
+    assert len(executor.bytes) == 16
+    assert max(executor.bytes) < 3000
+
+
+# -- how much is asked for -------------------------------------------------------------------------------------------
+
+
+def _begun(folder: Path) -> int:
+    return len(list(folder.iterdir()))
+
+
+@pytest.mark.parametrize("name", ["processes", "dask", "ray"])
+def test_no_more_is_asked_for_than_may_be_in_flight(name: str, pools: Callable[[str], Any], tmp_path: Path) -> None:
+    with keras_mp.PoolDataset(range(20), Marked(tmp_path), batch_size=1, pool=pools(name), max_queue_size=3) as dataset:
+        for taken, batch in enumerate(itertools.islice(dataset, 10), 1):
+            assert batch.tolist() == [taken - 1]
+            assert eventually(functools.partial(lambda count: _begun(tmp_path) >= count, taken + 3), 60)
+            assert _begun(tmp_path) == taken + 3
+
+
+@pytest.mark.parametrize("name", ["processes", "dask", "ray"])
+def test_what_nobody_has_begun_is_dropped_with_the_loop(name: str, pools: Callable[[str], Any], tmp_path: Path) -> None:
+    folder, gate, pool = tmp_path / "begun", tmp_path / "gate", pools(name)
+    folder.mkdir()
+    with keras_mp.PoolDataset(range(40), Marked(folder, gate), batch_size=1, pool=pool, max_queue_size=20) as dataset:
+        batches = dataset.stream()
+        assert next(batches)[0].tolist() == [0]
+        assert eventually(lambda: _begun(folder) >= 3, 60)
+        batches.close()
+        if name == "dask":  # whose scheduler hears of it a moment later
+            assert eventually(lambda: sum(map(len, pool.processing().values())) <= 2, 60)
+        gate.touch()
+        with keras_mp.PoolDataset(range(8), batch_size=1, pool=pool) as other:  # its turn comes after what was queued
+            assert len(list(other)) == 8
+        assert _begun(folder) <= 5  # a process pool has a batch or two at its door
+
+
+# -- workers that go and come ----------------------------------------------------------------------------------------
+
+
+def _scale(client: Any, workers: int) -> None:
+    client.cluster.scale(workers)
+    assert eventually(lambda: len(client.scheduler_info(n_workers=-1)["workers"]) == workers, 60)
+
+
+def test_workers_that_come_after_all_have_gone_get_the_source_anew(pools: Callable[[str], Any]) -> None:  # P2
+    client, source = pools("dask"), np.arange(40.0)
+    with keras_mp.PoolDataset(source, batch_size=2, pool=client, max_queue_size=3) as dataset:
+        batches = iter(dataset)
+        taken = [next(batches)]
+        _scale(client, 0)
+        _scale(client, 2)
+        assert np.concatenate([*taken, *batches]).tolist() == source.tolist()
+
+
+def test_a_source_that_is_lost_and_was_changed_meanwhile_is_not_read_again(pools: Callable[[str], Any]) -> None:
+    client, source = pools("dask"), np.arange(40.0)
+    with keras_mp.PoolDataset(source, batch_size=2, pool=client, max_queue_size=3) as dataset:
+        batches = iter(dataset)
+        next(batches)
+        source[:] = 0
+        _scale(client, 0)
+        _scale(client, 2)
+        with pytest.raises(keras_mp.WorkerCrashed, match=r"batch \d+ of epoch 0 .*have been changed"):
+            list(batches)
+
+
+def test_a_cluster_that_stays_without_workers_is_an_error_that_names_the_batch(pools: Callable[[str], Any]) -> None:
+    import dask
+
+    client = pools("dask")
+    with (
+        dask.config.set({"distributed.comm.timeouts.connect": "1s"}),
+        keras_mp.PoolDataset(range(40), batch_size=2, pool=client, max_queue_size=3) as dataset,
+    ):  # P3
+        batches = iter(dataset)
+        next(batches)
+        _scale(client, 0)
+        with pytest.raises(keras_mp.WorkerCrashed, match=r"batch \d+ of epoch 0"):
+            list(batches)
+    _scale(client, 2)
+
+
 # -- ends ------------------------------------------------------------------------------------------------------------
 
 
@@ -186,6 +273,13 @@ def test_a_dask_cluster_that_is_gone_is_an_error_that_names_the_batch(tmp_path: 
             client.cluster.close()
             with pytest.raises(keras_mp.WorkerCrashed, match="batch 1 of epoch 0"):
                 next(batches)
+
+
+def test_fit_ends_with_an_error_that_names_the_batch_when_dasks_scheduler_is_killed(tmp_path: Path) -> None:  # P3
+    with clusters.dask_of_commands(tmp_path) as (client, pid):
+        with keras_mp.PoolDataset(range(40), Kills([pid]), batch_size=2, pool=client) as dataset:
+            with pytest.raises(Exception, match=r"WorkerCrashed.*batch \d+ of epoch 0 .*Dask cluster .* is gone"):
+                fitted(dataset)
 
 
 def test_a_client_that_has_been_closed_is_an_error_that_names_the_batch() -> None:  # P3
