@@ -194,7 +194,7 @@ def test_what_nobody_has_begun_is_dropped_with_the_loop(name: str, pools: Callab
         gate.touch()
         with keras_mp.PoolDataset(range(8), batch_size=1, pool=pool) as other:  # its turn comes after what was queued
             assert len(list(other)) == 8
-        assert _begun(folder) <= 5  # a process pool has a batch or two at its door
+        assert _begun(folder) <= 8  # of 21; a process pool has a few at its door
 
 
 # -- workers that go and come ----------------------------------------------------------------------------------------
