@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from pathlib import Path
 
@@ -67,10 +68,12 @@ def test_fit_ends_with_an_error_that_names_the_batch_when_ray_is_killed(tmp_path
             try:
                 model.fit(data, verbose=0)
             except Exception as error:
-                print(next(line for line in str(error).splitlines() if "WorkerCrashed: " in line))
-        ray.shutdown()
+                print(type(error).__name__, str(error), flush=True)  # TensorFlow's own, if its thread took the batch
+        for child in psutil.Process().children(recursive=True):
+            child.kill()
+        os._exit(0)  # Ray's own shutdown would wait for the head
         """
     )
     output = run_script(tmp_path / "train.py", code)
-    assert "of epoch 0" in output
-    assert "within reach" in output or "died" in output
+    assert "WorkerCrashed" in output
+    assert re.search(r"batch \d+ of epoch 0", output)
