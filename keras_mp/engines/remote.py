@@ -147,6 +147,8 @@ def _kept(key: Key, place: Place) -> _Kept | None:
             # A package that a cluster keeps here for its owner goes when the dataset is closed, and the loader with it.
             held = weakref.ref(package, lambda _: _loaders.pop(key, None)) if package is place else place
             kept = _Kept(package.unpack(), held)
+            for other in [other for other in _loaders if other[0] == key[0] and other[1] < key[1] - 1]:
+                _loaders.pop(other, None)  # what is in flight is of this state of the loader, or the one before
             while len(_loaders) >= _MAX_LOADERS:
                 _loaders.pop(next(iter(_loaders)), None)
         _loaders[key] = kept
