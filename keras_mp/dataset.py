@@ -60,7 +60,7 @@ class PoolDataset(LoadedDataset):
             run again, once; then it is an error, or (see `on_error`) the sample is that took more than a quarter of
             the time. Threads and executors cannot be ended, so they have no such limit.
         pool: None: worker processes shared by all datasets with this number of them. A `WorkerPool`, or any
-            `concurrent.futures.Executor`. A `dask.distributed.Client`, or "ray": a cluster, see docs/clusters.md.
+            `concurrent.futures.Executor`. A `dask.distributed.Client`, or "ray": a cluster, see docs/cluster.md.
             "keras": Keras's own process pool runs `dataset[i]`.
         order: callable (epoch, rng) -> sample indices, for weighted or curriculum sampling, in place of `shuffle`. May
             be longer or shorter than the source, but of the same length in every epoch. A sample that comes again in an
