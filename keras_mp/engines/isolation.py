@@ -90,6 +90,11 @@ class ThreadIsolation:
         """Whether batches of others wait for one of these."""
         return self._abandoned_at is None or time.monotonic() - self._abandoned_at <= _ABANDONED_GRACE_S
 
+    @property
+    def is_exclusive(self) -> bool:
+        """Whether it is known that this code draws from the shared generators, or must run alone for another reason."""
+        return bool(self._exclusive)
+
     def check_wanted(self) -> None:
         """Raises PoolClosed if nobody wants these batches any more."""
         if self._abandoned_at is not None:
