@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.work import Array, Samples, spin
-from keras_mp.loading.images import IMAGE_FORMATS, ImageReader
-from keras_mp.loading.reading import Read
+from keras_mp.loading.formats.files import Read
+from keras_mp.loading.formats.images import IMAGE_FORMATS, ImageReader
 from keras_mp.plan.listing import list_directory
 
 _BATCH_SIZE = 32

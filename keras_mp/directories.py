@@ -15,12 +15,12 @@ import keras
 from keras_mp.checks import check_callable, check_choice, check_count
 from keras_mp.dataset import PoolDataset
 from keras_mp.errors import short_repr
-from keras_mp.loading.audio import AUDIO_FORMATS, AudioReader
-from keras_mp.loading.images import IMAGE_FORMATS, MODES, Aspect, ImageReader, check_pillow
+from keras_mp.loading.formats.audio import AUDIO_FORMATS, AudioReader
+from keras_mp.loading.formats.files import Read, Reader, only_sample
+from keras_mp.loading.formats.images import IMAGE_FORMATS, MODES, Aspect, ImageReader, check_pillow
+from keras_mp.loading.formats.resizing import INTERPOLATIONS
+from keras_mp.loading.formats.texts import TEXT_FORMATS, TextReader
 from keras_mp.loading.pad import pad
-from keras_mp.loading.reading import Read, Reader, only_sample
-from keras_mp.loading.resizing import INTERPOLATIONS
-from keras_mp.loading.texts import TEXT_FORMATS, TextReader
 from keras_mp.plan.listing import Listing, check_split, list_directory, split_listing
 from keras_mp.plan.series import time_series
 
