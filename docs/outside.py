@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: pages of the site that stand outside docs/, and links to and from them as they are in the repository.
+"""Hooks of mkdocs: pages of the site that stand outside docs/, and links as they are in the repository.
 
 In the site, a page of docs/ lies at the top, and every other file where it lies in the repository. A link that is right
 in the repository is thus right in the site once both of its ends are translated.
