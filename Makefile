@@ -11,13 +11,14 @@ BIN := $(VENV)/bin
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-keras bench format clean
+.PHONY: help demo test test-keras bench docs format clean
 
 help:
 	@echo "make demo    train on real Sentinel-2 tiles and compare the loaders (about two minutes after the downloads)"
 	@echo "make test    ruff, mypy, pytest"
 	@echo "make test-keras KERAS=path   the tests with Keras from a checkout of its source"
 	@echo "make bench   compare with the other data loaders; BENCH=--quick for a short run"
+	@echo "make docs    build the site of guides and API into site/"
 	@echo "make format  let ruff rewrite what it can"
 	@echo "make clean   remove $(VENV) and the caches"
 	@echo "PYTHON=python3.12 chooses the interpreter, VENV=folder the environment"
@@ -40,6 +41,10 @@ $(VENV)/.installed-bench: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet "torch==2.13.0" --editable ".[bench]"
 	@touch $@
 
+$(VENV)/.installed-docs: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	@touch $@
+
 demo: $(VENV)/.installed-examples
 	$(BIN)/python examples/satellite.py
 
@@ -57,10 +62,15 @@ test-keras: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks $(BENCH)
 
+# The variable silences a notice about the successor of mkdocs, which is no fault of the pages.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

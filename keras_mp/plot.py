@@ -42,7 +42,8 @@ def plot_timeline(dataset: Traced, *, start_s: float = 0.0, end_s: float | None 
 
     Args:
         dataset: one whose `trace()` has been called; it may be closed.
-        start_s, end_s: the part to draw, in seconds since `trace()` was called; None: to the end.
+        start_s: where the part to draw begins, in seconds since `trace()` was called.
+        end_s: where it ends; None: at the end.
 
     Returns:
         A `matplotlib.figure.Figure`: `plot_timeline(train).savefig("timeline.png")`.

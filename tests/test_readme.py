@@ -14,7 +14,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 _README = (_ROOT / "README.md").read_text(encoding="utf-8")
 _PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _BLOCKS = _PYTHON.findall(_README)
-_GUIDES = [path for path in sorted((_ROOT / "docs").glob("*.md")) if _PYTHON.search(path.read_text(encoding="utf-8"))]
+_GUIDES = [path for path in sorted((_ROOT / "docs").rglob("*.md")) if _PYTHON.search(path.read_text(encoding="utf-8"))]
 
 
 def test_readme_has_code() -> None:

@@ -155,8 +155,7 @@ class EngineChoice:
     @property
     def shares_memory(self) -> bool:
         """Whether all that load a dataset can share memory of this process."""
-        is_of_processes = isinstance(self.pool, concurrent.futures.ProcessPoolExecutor)
-        return not (self.by_keras or is_of_processes)
+        return self.pool is None or isinstance(self.pool, WorkerPool | concurrent.futures.ThreadPoolExecutor)
 
     def without_pool(self) -> EngineChoice:
         """The same for a copy in another process, where the pool cannot be."""

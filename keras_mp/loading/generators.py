@@ -99,7 +99,7 @@ def _is_installed(value: Any) -> bool:
         return "-packages" in value.__code__.co_filename
     if not issubclass(type(value), type):
         return False
-    return "-packages" in (getattr(sys.modules.get(value.__module__), "__file__", None) or "")
+    return "-packages" in (getattr(sys.modules.get(_text(value.__module__)), "__file__", None) or "")
 
 
 def _describe(path: str, generator: Any) -> HeldGenerator | None:
@@ -245,9 +245,14 @@ def _names(code: types.CodeType) -> tuple[set[str], set[str], set[str]]:
     return loaded, named, imported
 
 
-def _is_skipped(module: str | None, search: _Search) -> bool:
-    package = (module or "").partition(".")[0]
-    code = sys.modules.get(module or "")
+def _text(module: Any) -> str:
+    """A `__module__` that is a name; empty for others, such as the descriptor of a class that Cython made."""
+    return module if type(module) is str else ""
+
+
+def _is_skipped(module: Any, search: _Search) -> bool:
+    package = _text(module).partition(".")[0]
+    code = sys.modules.get(_text(module))
     if package.startswith("torch") or (code is not None and "torch" in vars(code)):
         search.names_torch = True
     return package in _SKIPPED

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 
@@ -142,3 +143,17 @@ def test_what_cannot_be_searched_does_no_harm() -> None:
     transform = functools.partial(lambda value, **_: value, hostile=Hostile(), cycle=cycle)
     with keras_mp.PoolDataset(range(4), transform, batch_size=4, workers=0) as train:
         assert [batch.tolist() for batch in train] == [[0, 1, 2, 3]]
+
+
+def test_code_made_by_cython_is_searched_as_any_other(tmp_path: Path) -> None:
+    """The class of Cython's functions, which h5py's classes hold, has a descriptor as its `__module__`."""
+    path = tmp_path / "numbers.h5"
+    with h5py.File(path, "w") as file:
+        file["numbers"] = np.arange(8)
+
+    def read(index: int) -> Any:
+        with h5py.File(path) as file:
+            return file["numbers"][index]
+
+    with keras_mp.PoolDataset(range(8), read, batch_size=8, workers=0) as train:
+        np.testing.assert_array_equal(train[0], np.arange(8))
