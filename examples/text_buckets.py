@@ -36,23 +36,10 @@ def words(text: str) -> list[str]:
     return re.findall(r"\w+|[^\w\s]", text.lower())[:LONGEST]
 
 
-def tokenise(text: str, vocabulary: dict[str, int]) -> np.ndarray:
-    """Runs in a worker: numbers of the words, int32; 1 stands for those that are not in the vocabulary."""
-    return np.array([vocabulary.get(word, 1) for word in words(text)], np.int32)
-
-
-def pad(samples: list[np.ndarray], widths: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Runs in a worker: rows of equal length and the next words of each, 0 where there is no word.
-
-    The length is the least of `widths` that is enough; without widths, that of the longest sample.
-    """
-    longest = max(map(len, samples))
-    width = min((width for width in widths if width >= longest), default=longest)
-    tokens = keras_mp.empty((len(samples), width + 1), np.int32)
-    tokens[...] = 0
-    for row, sample in zip(tokens, samples, strict=True):
-        row[: len(sample)] = sample
-    return tokens[:, :-1], tokens[:, 1:]
+def tokenise(text: str, vocabulary: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Runs in a worker: numbers of the words, int32, and of the next word of each; 1 stands for an unknown word."""
+    tokens = np.array([vocabulary.get(word, 1) for word in words(text)], np.int32)
+    return tokens[:-1], tokens[1:]
 
 
 class CountsCompilations(keras.layers.Layer):
@@ -112,13 +99,10 @@ def main() -> None:
         "workers": 2,
     }
     print(f"{'':16}{'batches':>8}{'shapes':>8}{'compilations':>14}{'padding':>10}{'seconds':>9}{'loss':>8}")
-    to_longest, to_boundary = (
-        functools.partial(pad, widths=[]),
-        functools.partial(pad, widths=[b - 1 for b in BOUNDARIES]),
-    )
-    with keras_mp.PoolDataset(PARAGRAPHS, collate=to_longest, batch_size=32, **options) as mixed:
+    longest, in_steps = keras_mp.pad(), keras_mp.pad(multiple_of=16)
+    with keras_mp.PoolDataset(PARAGRAPHS, collate=longest, batch_size=32, **options) as mixed:
         train("without buckets", mixed)
-    with keras_mp.PoolDataset(PARAGRAPHS, collate=to_boundary, buckets=buckets, **options) as alike:
+    with keras_mp.PoolDataset(PARAGRAPHS, collate=in_steps, buckets=buckets, **options) as alike:
         train("with buckets", alike)
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from keras_mp.engines.processes import WorkerPool as WorkerPool
     from keras_mp.errors import *  # noqa: F403  # it says itself what is public
     from keras_mp.loading.collate import empty as empty
+    from keras_mp.loading.pad import pad as pad
     from keras_mp.loading.per_worker import PerWorker as PerWorker
     from keras_mp.monitor import PipelineMonitor as PipelineMonitor
     from keras_mp.plan.buckets import Buckets as Buckets
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from keras_mp.plan.views import split as split
     from keras_mp.plan.views import windows as windows
     from keras_mp.plan.views import zip as zip
+    from keras_mp.plot import plot_timeline as plot_timeline
     from keras_mp.report.report import Report as Report
     from keras_mp.stats import Stats as Stats
 
@@ -44,9 +46,11 @@ _MODULES = {
     ],
     "engines.processes": ["WorkerPool"],
     "loading.collate": ["empty"],
+    "loading.pad": ["pad"],
     "loading.per_worker": ["PerWorker"],
     "monitor": ["PipelineMonitor"],
     "report.report": ["Report"],
+    "plot": ["plot_timeline"],
     "stats": ["Stats"],
     "plan.buckets": ["Buckets"],
     "plan.orders": ["balanced", "weighted"],

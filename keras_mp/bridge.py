@@ -10,81 +10,27 @@ Which batch a number stands for, and which epoch it is, is decided in `position`
 
 from __future__ import annotations
 
-import copy
+import functools
 import itertools
-import multiprocessing
 import operator
 import sys
-import threading
 from collections.abc import Callable, Generator, Iterator
-from typing import Any, Self
+from typing import Any
 
 import keras
 
-from keras_mp import auto_shard, exits
-from keras_mp.callers import current_call, is_keras, warn_of_keras_pool
-from keras_mp.engines.choice import EngineChoice, Running
-from keras_mp.engines.prefetch import Prefetch
-from keras_mp.errors import PoolClosed, SampleError, warn_user
-from keras_mp.loading.base import Loaded, Loader
-from keras_mp.loading.failures import FailureLog
-from keras_mp.plan.batching import Batching
+from keras_mp import auto_shard
+from keras_mp.callers import current_call, fixes_shapes, is_keras, warn_of_keras_pool
+from keras_mp.lifecycle import Lifecycle
+from keras_mp.loading.base import Loaded
 from keras_mp.plan.iteration import Iteration
 from keras_mp.plan.passes import Asked
-from keras_mp.plan.position import Position
 from keras_mp.plan.progress import BatchKey
-from keras_mp.plan.request import Request
-from keras_mp.stats import ServedSoFar
 from keras_mp.tensors import for_tensorflow
 
 
-class Bridge(keras.utils.PyDataset):
-    """The batches of a plan, made by a loader: to Keras, to a plain loop, and to an export.
-
-    Args:
-        loader: what makes a batch.
-        plan: which samples make it.
-        choice: where it is made.
-        seed_is_drawn: whether the plan's seed is none of the user's.
-        max_failures: how many samples of an epoch may fail: a count (int), a share (float), or None for no limit.
-    """
-
-    def __init__(
-        self,
-        loader: Loader,
-        plan: Batching,
-        choice: EngineChoice,
-        *,
-        seed_is_drawn: bool,
-        max_failures: float | None,
-    ) -> None:
-        super().__init__(
-            workers=choice.workers if choice.by_keras else 1,
-            use_multiprocessing=choice.by_keras,
-            max_queue_size=choice.queue_size,
-        )
-        self._loader = loader
-        self._choice = choice
-        self._seed_is_drawn = seed_is_drawn
-        self._max_failures = max_failures
-        self._stride = 1  # among how many processes Keras divides the numbers
-        self._warned_of_keras_pool = False
-        self._closed = False
-        self._set_plan(plan)
-        self._make_runtime_state()
-
-    def _set_plan(self, plan: Batching) -> None:
-        """Starts afresh: at the first epoch of `plan`, nothing counted yet."""
-        self._plan = plan
-        self._position = Position(plan, None if self._seed_is_drawn else plan.seed, not self._choice.by_keras)
-        self._failures = FailureLog(self._max_failures, plan.epoch_length // plan.num_shards)
-
-    def _make_runtime_state(self) -> None:
-        self._lock = threading.RLock()
-        self._served_so_far = ServedSoFar()
-        self._runtime: Running | None = None
-        self._prefetch = Prefetch(self._choice.limit())
-        self._hook_is_due = False
+class Bridge(Lifecycle):
+    """The batches of a plan, made by a loader: to Keras, to a plain loop, and to an export."""
 
     # -- batches -------------------------------------------------------------------------------------------------
 
@@ -127,12 +73,11 @@ class Bridge(keras.utils.PyDataset):
         """
         index = operator.index(index)
         by_keras = is_keras(sys._getframe(1), self)
-        with self._lock:
-            engine = self._running().engine
-            asked, handle = self._ask(index, by_keras)
         on_tensorflow = by_keras and keras.backend.backend() == "tensorflow"
+        with self._lock:
+            asked, load = self._ask(index, by_keras, on_tensorflow and fixes_shapes(index))
         self._served_so_far.begin(not on_tensorflow, asked is not None and asked.is_first)
-        batch = self._served(engine.result, handle)
+        batch = self._served((self._position.epoch, index) if asked is None else asked.key, load)
         if asked is not None:
             with self._lock:
                 self._position.hand_out(asked)
@@ -140,8 +85,9 @@ class Bridge(keras.utils.PyDataset):
                 self._prefetch.top_up()
         return for_tensorflow(batch) if on_tensorflow else batch
 
-    def _ask(self, index: int, by_keras: bool) -> tuple[Asked | None, Any]:
-        """What `dataset[index]` is, and the engine's handle of it."""
+    def _ask(self, index: int, by_keras: bool, for_shapes: bool) -> tuple[Asked | None, Callable[[], Loaded]]:
+        """What `dataset[index]` is, and what waits for it."""
+        engine = self._running().engine
         if self._plan.is_endless:
             keys = zip(itertools.repeat(self._position.epoch), itertools.count(index + self._stride, self._stride))
             return None, self._look(index, (self._position.epoch, index), keys)
@@ -149,26 +95,27 @@ class Bridge(keras.utils.PyDataset):
         epoch = self._position.epoch
         asked = self._position.ask(index, by_keras, self._stride)
         if self._position.epoch != epoch:
-            self._failures.warn(epoch)
+            self._say_what_came_of(epoch)
         if (run := asked.run) is None:
-            return asked, self._look(index, asked.key, map(self._position.look, range(index + 1, len(self))))
+            for_shapes &= self._position.num_batches * self._stride > 1
+            return asked, self._look(
+                index, asked.key, map(self._position.look, range(index + 1, len(self))), for_shapes
+            )
         if asked.is_first:
             if self._prefetch.expected != run.base:
                 rest = itertools.chain([asked.key], self._position.rest(run))
-                self._prefetch.follow(self._running().engine, self._requests(rest))
+                self._prefetch.follow(engine, self._requests(rest))
             self._prefetch.expected = None
         if asked.is_next:
-            return asked, self._prefetch.next()
-        (handle,) = self._running().engine.submit([self._position.plan.request(*asked.key)])
-        return asked, handle
+            return asked, functools.partial(engine.result, self._prefetch.next())
+        return asked, functools.partial(engine.result, *engine.submit(list(self._requests(iter([asked.key])))))
 
-    def _look(self, index: int, key: BatchKey, keys: Iterator[BatchKey]) -> Any:
-        requests = self._requests(itertools.chain([key], keys))
-        return self._prefetch.look(self._running().engine, index, self._stride, key, requests)
-
-    def _requests(self, keys: Iterator[BatchKey]) -> Iterator[Request]:
-        plan = self._position.plan
-        return (plan.request(*key) for key in keys)
+    def _look(self, index: int, key: BatchKey, keys: Iterator[BatchKey], for_shapes: bool = False) -> Any:
+        engine, requests = self._running().engine, self._requests(itertools.chain([key], keys))
+        take = functools.partial(self._prefetch.look, engine, index, self._stride, key, requests)
+        if for_shapes:
+            return self._looks.look(engine, self._loader, index, self._position.plan.request(*key), take)
+        return functools.partial(engine.result, take())
 
     def __iter__(self) -> Iterator[Any]:
         """The batches of one epoch, in order; with the last of them the next epoch begins."""
@@ -194,22 +141,21 @@ class Bridge(keras.utils.PyDataset):
             ahead = self._prefetch.open(self._running().engine, requests)
             moves = self._position.moves
         self._served_so_far.begin(not claim)
-        batches: list[Any] = []
-        told, ended = iteration.first_epoch, False
+        batches, told, ended = list[Any](), iteration.first_epoch, False
         try:
-            for epoch, place, _ in iteration.places():
+            for epoch, place, key in iteration.places():
                 if batches and (len(batches) == together or not ahead.is_ready()):
                     yield batches
                     batches = []
                 if epoch != told:
-                    self._failures.warn(told)
+                    self._say_what_came_of(told)
                     told = epoch
                 if self._position.moves != moves:
                     raise RuntimeError(
                         "load_state_dict() has moved the dataset in the middle of this iteration; begin a new one"
                     )
                 try:
-                    batch = self._served(ahead.next)
+                    batch = self._served(key, ahead.next)
                     batches.append(batch if convert is None else convert(batch))
                     self._served_so_far.handed_out.add()
                     del batch
@@ -227,20 +173,7 @@ class Bridge(keras.utils.PyDataset):
         finally:
             ahead.close()
             if claim or ended:
-                self._failures.warn(told)
-
-    def _served(self, load: Callable[..., Loaded], *arguments: Any) -> Any:
-        self._check_open()
-        try:
-            loaded = self._served_so_far.serve(load, *arguments)
-        except SampleError as error:
-            self._failures.record(error.failure)
-            raise
-        self._failures.add(loaded.failures)
-        if loaded.failures and self._choice.by_keras and multiprocessing.parent_process() is not None:
-            for failure in loaded.failures:  # in a process of Keras's, from which `failures` reaches nobody
-                warn_user(f"keras_mp: left out or replaced: {failure.describe()}")
-        return loaded.batch
+                self._say_what_came_of(told)
 
     # -- epochs --------------------------------------------------------------------------------------------------
 
@@ -277,7 +210,7 @@ class Bridge(keras.utils.PyDataset):
             if ended and self._prefetch.expected is None and not self._plan.is_endless:
                 self._prefetch.drop()
         if ended:
-            self._failures.warn(before)
+            self._say_what_came_of(before)
 
     def _take_share(self) -> None:
         self._stride, plan = auto_shard.share_of(self._plan, self._seed_is_drawn)
@@ -292,58 +225,3 @@ class Bridge(keras.utils.PyDataset):
     def _run_due_hook(self) -> None:
         """Calls what follows the end of an epoch: once its last batch is no longer needed."""
         self._hook_is_due = False
-
-    def _running(self) -> Running:
-        with self._lock:
-            if self._runtime is None:
-                self._check_open()
-                self._served_so_far.start()
-                self._runtime = self._choice.start(self._loader)
-                self._loader = self._runtime.loader
-                exits.close_at_exit(self)
-            return self._runtime
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise PoolClosed(f"{type(self).__name__} has been closed; make a new one")
-
-    def close(self) -> None:
-        """Drops what is being loaded and ends the workers, unless another dataset uses them. May be called twice.
-
-        Batches already taken stay valid. An iteration or an export that is in use raises `PoolClosed` for the next one.
-        The end of the process closes every dataset.
-        """
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            runtime, self._runtime = self._runtime, None
-            self._prefetch.close()
-        if runtime is not None:
-            runtime.close()
-        self._failures.warn()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def _part(self, plan: Batching, choice: EngineChoice | None = None) -> Self:
-        """A dataset like this one, of another plan, its batches maybe made elsewhere."""
-        part = copy.copy(self)
-        part._choice = choice or self._choice
-        part._make_runtime_state()
-        part._set_plan(plan)
-        part._position.set_epoch(self.epoch)
-        return part
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_choice": self._choice.without_pool()}
-        for name in ("_lock", "_runtime", "_prefetch", "_served_so_far"):
-            del state[name]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._make_runtime_state()

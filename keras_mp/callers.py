@@ -10,13 +10,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import multiprocessing
 import sys
 import threading
+from collections.abc import Iterable
 from types import CodeType, FrameType
 
 import keras
 
-from keras_mp.errors import warn_user
+from keras_mp.errors import SampleFailure, warn_user
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +79,12 @@ def current_call() -> Call | None:
     return Call(threading.get_ident(), tuple(reversed(frames)), at, shuffle, steps)
 
 
+def fixes_shapes(number: int) -> bool:
+    """Whether Keras, asking for this batch outside of a pass on TensorFlow, may do so to fix a signature by it."""
+    in_pool = multiprocessing.parent_process() is not None and threading.current_thread() is threading.main_thread()
+    return number in (0, 1) and not in_pool and current_call() is not None
+
+
 def is_keras(frame: FrameType | None, called: object) -> bool:
     """Whether `frame` is of Keras's code; methods of `called` itself, as in a subclass, stand for who called them."""
     while frame is not None:
@@ -98,6 +106,13 @@ def warn_of_keras_pool() -> None:
             "repeated and others left out in every epoch. Leave out pool= (each sample then comes once), or call fit() "
             "on data of the same shapes first"
         )
+
+
+def warn_of_left_out(failures: Iterable[SampleFailure]) -> None:
+    """Tells the user of failed samples in a process of Keras's, from which `failures` reaches nobody."""
+    if multiprocessing.parent_process() is not None:
+        for failure in failures:
+            warn_user(f"keras_mp: left out or replaced: {failure.describe()}")
 
 
 @functools.cache

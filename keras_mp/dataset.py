@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Generator
 from typing import Any, Literal
 
@@ -14,8 +15,10 @@ from keras_mp.engines.measure import measure_lengths
 from keras_mp.errors import short_repr
 from keras_mp.loaded import LoadedDataset
 from keras_mp.loading.batch_loader import BatchLoader
+from keras_mp.loading.cache import SampleCache
 from keras_mp.loading.flows import FlowBatches, is_flow
 from keras_mp.loading.loader import OnError, SampleLoader
+from keras_mp.loading.randomness import takes_rng
 from keras_mp.memory.pickling import dump_user_object
 from keras_mp.plan.batching import ENDLESS, Batching
 from keras_mp.plan.buckets import Buckets
@@ -35,7 +38,8 @@ class PoolDataset(LoadedDataset):
             write into a sample from an array or a list, which is a copy (what stands on a memmap is read-only). None:
             the sample as it is.
         batch_size: samples in a batch (on each shard).
-        collate: list of samples -> batch. None: every leaf is stacked, straight into shared memory.
+        collate: list of samples -> batch. None: every leaf is stacked, straight into shared memory. `keras_mp.pad()`:
+            so are samples that differ in length.
         batch_transform: batch -> batch, in the worker, after `collate`; `rng` as above, by (seed, epoch, batch).
         shuffle: a new permutation of the samples in every epoch.
         seed: root of all randomness. None: drawn once, shown in `repr`.
@@ -69,6 +73,14 @@ class PoolDataset(LoadedDataset):
             epoch). `shuffle` then permutes the samples of each bucket, `batch_size` is that of buckets which say none,
             and `drop_remainder` leaves out what does not fill a batch of its bucket. Lengths that a function tells are
             evaluated now, by the workers, without `timeout`.
+        load: item of the source -> sample, before `transform`: the costly part that is the same in every epoch, such as
+            decoding. It draws no random numbers.
+        cache: where what `load` gave (without `load`: what the source gave) is kept. "ram": in memory that all workers
+            share, which ends with the dataset. A path: in that folder, for other runs too. See docs/caching.md.
+        cache_bytes: how much is kept at most; after that nothing is added. None: in memory, half of what is available
+            when the dataset is made; in a folder, what there is room for.
+        cache_version: part of what a kept sample is known by, besides the code of `load`, the item, and size and time
+            of change of files that it names. Change it where these do not show that samples are others now.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of range.
@@ -97,6 +109,10 @@ class PoolDataset(LoadedDataset):
         pool: Pool = None,
         order: Callable[..., Any] | None = None,
         buckets: Buckets | None = None,
+        load: Callable[..., Any] | None = None,
+        cache: str | os.PathLike[str] | None = None,
+        cache_bytes: int | None = None,
+        cache_version: int | str | None = None,
     ) -> None:
         length = checks.check_source(source)
         checks.check_choice(on_error, "on_error", ("raise", "skip", "replace"))
@@ -121,8 +137,17 @@ class PoolDataset(LoadedDataset):
             checks.check_seed(seed),
             on_error,
             checks.check_count(retries, "retries", 0),
+            _check_load(load),
+            SampleCache.of(cache, cache_bytes, cache_version, length),
         )
         choice = EngineChoice.of(workers, use_multiprocessing, pool, timeout, max_queue_size, max_queue_bytes)
+        if loader.cache is not None:
+            if loader.cache.is_in_memory and not choice.shares_memory:
+                raise ValueError(
+                    f"cache='ram' is memory that workers of keras_mp share, which those of pool={pool!r} cannot; pass "
+                    "a folder as cache=, or leave out pool="
+                )
+            loader.cache.namespace(load, source)  # an error now, if there is to be one
         batching = checks.check_count(batch_size, "batch_size"), bool(shuffle), loader.seed, bool(drop_remainder)
         if buckets is None:
             plan = Batching(length, *batching, order=checks.check_callable(order, "order"))
@@ -137,13 +162,14 @@ class PoolDataset(LoadedDataset):
             max_failures=checks.check_max_failures(max_failures),
         )
         if self._choice.shares_pool:
-            for name in ("transform", "collate", "batch_transform"):
-                dump_user_object(getattr(loader, name), name, [])
+            for name, function in (("transform", transform), ("collate", collate), ("load", load)):
+                dump_user_object(function, name, [])
+            dump_user_object(batch_transform, "batch_transform", [])
 
     @property
     def batch_axis(self) -> int | None:
         plan, loader = self._plan, self._loader
-        if not isinstance(loader, SampleLoader) or loader.on_error == "skip" or loader.collate:
+        if not isinstance(loader, SampleLoader) or loader.on_error == "skip" or not loader.stacks:
             return None
         return plan.uniform_size
 
@@ -154,6 +180,20 @@ class PoolDataset(LoadedDataset):
             f"PoolDataset({plan.length} samples, {plan.num_batches} batches of {plan.describe_size()}, "
             f"shuffle={plan.shuffle}, seed={plan.seed}, epoch={self.epoch}, {self._where}{shard})"
         )
+
+
+def _check_load(load: Any) -> Any:
+    """A callable without randomness, or None.
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    if takes_rng(checks.check_callable(load, "load")):
+        raise ValueError(
+            f"load={short_repr(load, 80)} takes rng, but it must give the same sample in every epoch; draw random "
+            "numbers in `transform`"
+        )
+    return load
 
 
 def _lengths_of(buckets: Buckets, count: int, choice: EngineChoice, loader: SampleLoader) -> Indices:

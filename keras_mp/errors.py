@@ -65,7 +65,8 @@ class SampleFailure:
     """One failed sample (or, with `index=None`, a failure of the whole batch).
 
     Attributes:
-        stage: the user code that failed: "source", "transform", "collate", "batch_transform", or a bucket's "lengths".
+        stage: the user code that failed: "source", "load", "cache" (what `load` gave cannot be kept), "transform",
+            "collate", "batch_transform", or a bucket's "lengths".
         index: position of the sample in the source; None when the batch as a whole failed.
         item: shortened `repr` of what the source held there.
         epoch: epoch number, from 0.

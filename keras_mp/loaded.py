@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from keras_mp import checks
-from keras_mp.auto_shard import find_place
+from keras_mp.auto_shard import checked_place
 from keras_mp.bridge import Bridge
-from keras_mp.errors import SampleFailure
+from keras_mp.errors import SampleFailure, short_repr
 from keras_mp.loading.batch_loader import BatchLoader
 from keras_mp.loading.inspection import inspecting
+from keras_mp.looks import others, requests_of
 from keras_mp.plan.position import Position
 from keras_mp.plan.progress import Progress
 from keras_mp.plan.state import check_version, dump_state, load_state
 from keras_mp.report.report import Report
 from keras_mp.stats import KERAS_POOL, HandedOut, Stats, Training
+from keras_mp.trace import MAX_EVENTS, Trace
 
 if TYPE_CHECKING:
     import tensorflow as tf
@@ -65,14 +68,7 @@ class LoadedDataset(Bridge):
             ValueError: the index is out of range, the samples cannot be divided into so many parts, or, without
                 arguments, nothing says which process this is.
         """
-        if num_shards is None and index is None:
-            num_shards, index = find_place()
-        elif num_shards is None or index is None:
-            raise TypeError(f"shard() needs both num_shards and index, or none of them, got {num_shards=}, {index=}")
-        num_shards = checks.check_count(num_shards, "num_shards")
-        index = checks.check_count(index, "index", 0)
-        if index >= num_shards:
-            raise ValueError(f"index must be below num_shards={num_shards}, got {index}")
+        num_shards, index = checked_place(num_shards, index)
         self._refuse_endless("shard()")
         return self._part(self._plan.for_shard(num_shards, index))
 
@@ -198,8 +194,8 @@ class LoadedDataset(Bridge):
             epochs: epochs in one iteration.
             prefetch: batches that tf.data keeps ready besides those this dataset loads ahead (of small ones up to eight
                 more); None: `tf.data.AUTOTUNE`.
-            element_spec: nest of `tf.TensorSpec`, for batches whose shapes vary beyond the first axis; None: taken from
-                the first batch, with the batch axis unknown unless every batch has the same number of samples.
+            element_spec: nest of `tf.TensorSpec`; None: taken from two batches (docs/variable-lengths.md). Axes in
+                which these differ are unknown, and so is the batch axis unless every batch has as many samples.
 
         Returns:
             A `tf.data.Dataset` of batches, in the structure that the dataset gives them (lists become tuples).
@@ -222,16 +218,29 @@ class LoadedDataset(Bridge):
         """Where the dataset is, for `BackupAndRestore`."""
         return self._position
 
-    def first_batch(self) -> Any:
-        """The first batch of the current epoch, for a look at its structure."""
+    def looks(self) -> list[Any]:
+        """Batches of the current epoch, for a look at their structure: they differ in the axes in which others will."""
         with self._lock:
-            handle = self._running().engine.submit([self._position.plan.request(*self._position.look(0))])[0]
-        return self._served(self._running().engine.result, handle)
+            keys = [
+                self._position.look(number)
+                for number in range(min(2, self._position.start.left(self._plan.num_batches)))
+            ]
+            wanted = requests_of(self._loader, list(self._requests(iter(keys))))
+            engine = self._running().engine
+            first, *more = engine.submit(wanted)
+        batch = self._served(keys[0], engine.result, first)
+        return [batch, *(loaded.batch for loaded in others(engine, more))]
 
     @property
     def batch_axis(self) -> int | None:
         """Samples in every batch, or None if that varies."""
         raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     # -- numbers and ends ----------------------------------------------------------------------------------------
 
@@ -270,7 +279,8 @@ class LoadedDataset(Bridge):
         engine = {} if runtime is None else runtime.engine.stats()
         if self._choice.by_keras:
             engine = {"engine": KERAS_POOL, "workers": self._choice.workers}
-        now = self._served_so_far.stats(engine, epoch=self.epoch, failures=self._failures.total)
+        counts = {"failures": self._failures.total, "cache_bytes": self._loader.cache_bytes}
+        now = self._served_so_far.stats(engine, epoch=self.epoch, **counts)
         return now if since is None else now.since(since)
 
     def report(self, since: Stats | None = None) -> Report:
@@ -297,3 +307,41 @@ class LoadedDataset(Bridge):
         super().close()
 
     close.__doc__ = Bridge.close.__doc__
+
+    def trace(self, path: str | os.PathLike[str] | None = None, *, max_events: int = MAX_EVENTS) -> Trace:
+        """Records from now on when each batch was made, by which worker and in which stages, and who waited for it.
+
+        The file is of Chrome's Trace Event format and opens in https://ui.perfetto.dev. It has a lane for each worker,
+        with a span for each batch, the stages of its samples within that, and the worker's start, death and timeout;
+        and a lane for whoever takes the batches. It is written, in place of the one before, at the end of each epoch,
+        when the dataset is closed, and by the result's `stop()` and `save()`; and at the end of
+        `with train.trace("trace.json"):`. Calling this again ends the recording before.
+
+        Batches that had been asked for before this call are in the consumer's lane only.
+
+        Args:
+            path: of the file. None: write none, say for `keras_mp.plot_timeline`.
+            max_events: how many events are kept, the last ones: a batch of 32 samples with a transform makes about a
+                hundred.
+
+        Raises:
+            OSError: there can be no such file.
+            PoolClosed: the dataset has been closed.
+            TypeError, ValueError: an argument is of the wrong kind; or the workers are of Keras's pool, which tells
+                nothing.
+        """
+        self._check_open()
+        if self._choice.by_keras:
+            raise ValueError(
+                "trace() records what the workers report, and those of pool='keras' report nothing; leave out pool="
+            )
+        if self.timeline is not None:
+            self.timeline.stop()
+        served = self._served_so_far
+        served.trace = Trace(served.recorder, path, short_repr(self, 200), max_events)
+        return served.trace
+
+    @property
+    def timeline(self) -> Trace | None:
+        """The last recording, for `keras_mp.plot_timeline`."""
+        return self._served_so_far.trace

@@ -9,7 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 from keras_mp.loading.base import Loaded
+from keras_mp.loading.recording import Recorder
 from keras_mp.loading.timing import STAGES, SlowSample, WorkTotals
+from keras_mp.plan.request import Request
+from keras_mp.trace import Trace
 
 KERAS_POOL = "Keras's pool"  # the engine's name where Keras runs it, in processes whose numbers do not come back
 
@@ -75,8 +78,10 @@ class Stats:
         loaded_batches, samples, bytes: loaded, those included that nobody has taken yet; bytes of the arrays in them.
         failures: samples that failed.
         retries: how often a failing sample was tried again.
+        cache_hits, cache_misses: samples that the cache had, and that had to be loaded.
+        cache_bytes: bytes that it has, now.
         wait_s: how long whoever took batches waited for them, in seconds.
-        first_wait_s: of this, for the very first batch, which workers had to start for.
+        first_wait_s: of this, for the first batch of each pass or iteration, for which little or nothing was ready.
         used_s, steps: how long whoever took batches was busy with them, from taking one to asking for the next, and how
             many such times that is the sum of; what passes between two epochs is none.
         wait_is_of_training: whether that is the training itself, or a loop. In `fit` on TensorFlow, and in an export,
@@ -107,6 +112,9 @@ class Stats:
     bytes: int = 0
     failures: int = 0
     retries: int = 0
+    cache_hits: int = 0
+    cache_misses: int = 0
+    cache_bytes: int = 0
     wait_s: float = 0.0
     first_wait_s: float = 0.0
     used_s: float = 0.0
@@ -150,9 +158,8 @@ class Stats:
 
     @property
     def batch_wait_s(self) -> float:
-        """Seconds that whoever took a batch waited for it, on average, but for the very first one."""
-        batches = self.batches - (self.first_wait_s > 0)
-        return max(0.0, self.wait_s - self.first_wait_s) / batches if batches > 0 else 0.0
+        """Seconds that whoever took a batch waited for it, on average, the first ones of passes left out."""
+        return max(0.0, self.wait_s - self.first_wait_s) / self.steps if self.steps else 0.0
 
     def __getitem__(self, name: str) -> Any:
         if name not in _FIELDS:
@@ -210,9 +217,13 @@ class ServedSoFar:
         first_wait_s, used_s, steps, wait_is_of_training: see `Stats`.
         training: what `PipelineMonitor` has measured last.
         handed_out: when batches of passes and exports were.
+        recorder: gets what happens when, where there is a timeline of it.
+        trace: that timeline, the last one.
     """
 
     def __init__(self) -> None:
+        self.recorder = Recorder()
+        self.trace: Trace | None = None
         self.batches = 0
         self.wait_s = self.first_wait_s = self.used_s = 0.0
         self.steps = 0
@@ -241,22 +252,36 @@ class ServedSoFar:
         """The dataset is closed: `stats`, its last numbers, are those of now from now on."""
         self._final = dataclasses.replace(stats, queued=0, running=0, slots=0, slot_bytes=0)
 
-    def serve(self, load: Callable[..., Loaded], *arguments: Any) -> Loaded:
-        """Calls `load`, which waits for a batch."""
-        began = time.monotonic()
-        if self._taken_at is not None:
-            self.used_s += began - self._taken_at
+    def mark(self, request: Request) -> Request:
+        """The request as it is to be asked for: with a timeline, if there is one."""
+        return request if self.recorder.recording is None else request._replace(traced=True)
+
+    def serve(self, key: tuple[int, int], load: Callable[..., Loaded], *arguments: Any) -> Loaded:
+        """Calls `load`, which waits for the batch of that epoch and number."""
+        began, before, self._taken_at = time.monotonic(), self._taken_at, None
+        if before is not None:
+            self.used_s += began - before
             self.steps += 1
-            self._taken_at = None
-        loaded = load(*arguments)
-        self._taken_at = time.monotonic()
-        self.wait_s += self._taken_at - began
+        try:
+            loaded = load(*arguments)
+        except Exception as error:
+            self.recorder.add_wait(*key, began, type(error).__name__)
+            raise
+        self._taken_at = now = time.monotonic()
+        self.wait_s += now - began
         self.batches += 1
-        if self.batches == 1:
-            self.first_wait_s = self.wait_s
+        if before is None:
+            self.first_wait_s += now - began
+        self.recorder.add_wait(*key, began)
         if loaded.work is not None:
             self._work.add(loaded.work, loaded.nbytes or 0)
+            self.recorder.add(loaded.work.events)
         return loaded
+
+    def write_trace(self) -> None:
+        """Writes what there is of the timeline to its file; that fails with a warning."""
+        if self.trace is not None:
+            self.trace.update()
 
     def stats(self, engine: dict[str, Any], **numbers: Any) -> Stats:
         """The numbers of now.
@@ -281,6 +306,8 @@ class ServedSoFar:
             samples=work.samples,
             bytes=work.nbytes,
             retries=work.retries,
+            cache_hits=work.hits,
+            cache_misses=work.misses,
             queue_s=work.queued_s,
             work_s=work.total_s,
             cpu_s=work.cpu_s,
@@ -301,6 +328,8 @@ _SUMS = (
     "bytes",
     "failures",
     "retries",
+    "cache_hits",
+    "cache_misses",
     "wait_s",
     "first_wait_s",
     "used_s",

@@ -66,8 +66,8 @@ class _Spec:
         if dtype != spec.dtype or not spec.shape.is_compatible_with(array.shape):
             raise ValueError(
                 f"batch{path} contradicts the element_spec: expected shape {tuple(spec.shape)} and dtype "
-                f"{spec.dtype.name}, received shape {array.shape} and dtype {array.dtype}; make all batches alike, or "
-                "pass element_spec= with None for the axes that vary"
+                f"{spec.dtype.name}, received shape {array.shape} and dtype {array.dtype}; make all batches alike, "
+                "pass collate=keras_mp.pad(), which knows which axes vary, or element_spec= with None for these axes"
             )
         if array.dtype.kind == "U":
             array = array.astype(object)  # TensorFlow encodes objects by UTF-8, but these by ASCII
@@ -97,7 +97,7 @@ class Exported(Protocol):
     @property
     def batch_axis(self) -> int | None: ...
 
-    def first_batch(self) -> Any: ...
+    def looks(self) -> list[Any]: ...
 
     def stream(
         self, epochs: int, claim: bool, together: int, convert: Callable[[Any], Any]
@@ -110,9 +110,9 @@ def export(dataset: Exported, epochs: int, prefetch: int | None, element_spec: A
         prefetch = check_count(prefetch, "prefetch", 0)
     together = 1
     if element_spec is None:
-        first = with_tuples(dataset.first_batch())
-        together = _together(first)
-        element_spec = _spec_of(first, dataset.batch_axis)
+        looks = [with_tuples(batch) for batch in dataset.looks()]
+        together = _together(looks[0])
+        element_spec = _spec_of(looks, dataset.batch_axis)
     spec = _Spec(with_tuples(element_spec))
     dtypes = [leaf.dtype for _, leaf in spec.leaves]
     per_epoch = dataset.batches_per_epoch
@@ -186,21 +186,37 @@ def _together(batch: Any) -> int:
     return max(1, min(_MOST_TOGETHER, _BYTES_TOGETHER // max(1, nbytes)))
 
 
-def _spec_of(batch: Any, axis: int | None) -> Any:
-    """The spec of the first batch; of its batch axis if the length is `axis`, else unknown, as batches differ."""
+def _spec_of(looks: Sequence[Any], axis: int | None) -> Any:
+    """The spec of some batches: axes in which they differ are unknown, and so is the batch axis if it is not `axis`.
 
-    def leaf_spec(path: str, leaf: Any) -> tf.TensorSpec:
-        array = np.asarray(leaf)
+    Raises:
+        ValueError: they differ in structure, or a leaf in its number of axes.
+        KerasMPError: TensorFlow does not know a dtype.
+    """
+    leaves = [[(path, np.asarray(leaf)) for path, leaf in _walk(batch) if leaf is not None] for batch in looks]
+    for other in leaves[1:]:
+        if [(path, array.ndim) for path, array in other] != [(path, array.ndim) for path, array in leaves[0]]:
+            found = [[f"batch{path} of {array.ndim} axes" for path, array in some] for some in (leaves[0], other)]
+            raise ValueError(
+                f"a batch has {found[0]}, another {found[1]}; give every batch the same structure, and every leaf the "
+                "same number of axes"
+            )
+
+    def leaf_spec(path: str, arrays: Sequence[np.ndarray[Any, Any]]) -> tf.TensorSpec:
+        # A leaf of another length than the batch is of `batch_transform`'s making, and may vary.
+        lengths = [set(lengths) for lengths in zip(*(array.shape for array in arrays), strict=True)]
+        shape = [each.pop() if len(each) == 1 else None for each in lengths]
+        if shape and shape[0] != axis:
+            shape[0] = None
         try:
-            # A leaf of another length than the batch is of `batch_transform`'s making, and may vary.
-            first = axis if array.shape[:1] == (axis,) else None
-            return tf.TensorSpec((first, *array.shape[1:]) if array.ndim else (), _tf_dtype(array))
+            return tf.TensorSpec(shape, _tf_dtype(arrays[0]))
         except TypeError as error:
             raise KerasMPError(
-                f"batch{path} has dtype {array.dtype}, which TensorFlow does not know: {error}"
+                f"batch{path} has dtype {arrays[0].dtype}, which TensorFlow does not know: {error}"
             ) from None
 
-    return _fill(batch, iter([leaf_spec(path, leaf) for path, leaf in _walk(batch) if leaf is not None]))
+    grouped = zip(*leaves, strict=True)
+    return _fill(looks[0], iter([leaf_spec(group[0][0], [array for _, array in group]) for group in grouped]))
 
 
 def _tf_dtype(array: np.ndarray[Any, Any]) -> tf.DType:

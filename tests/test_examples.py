@@ -59,6 +59,23 @@ def test_existing_pydataset_trains_the_same_with_workers() -> None:
     assert "equal: True" in output
 
 
+def test_a_truncated_jpeg_is_left_out_and_named() -> None:
+    output = _run("image_folder.py", "--epochs", "4", "--workers", "2")
+    assert "Found 225 files belonging to 2 classes." in output
+    assert "Epoch 4/4" in output
+    truncated = re.search(r"^truncated: (.*)$", output, re.MULTILINE)
+    left_out = re.findall(r"^left out:  \('\./(.*?)'.*$", output, re.MULTILINE)
+    assert truncated is not None
+    assert left_out == [truncated[1]]
+    accuracies = [float(number) for number in re.findall(r"val_accuracy: ([\d.]+)", output)]
+    assert max(accuracies) > 0.8  # the larger class is about half
+    decoded = re.search(r"^decoded (\d+) times for (\d+) samples$", output, re.MULTILINE)
+    assert decoded is not None
+    # Four epochs of 180, and maybe some of a fifth; nothing of a truncated file can be kept.
+    assert 180 <= int(decoded[1]) < 200
+    assert int(decoded[2]) >= 4 * 180
+
+
 def test_text_in_buckets_is_padded_and_compiled_less() -> None:
     pytest.importorskip("jax")
     output = _run("text_buckets.py")

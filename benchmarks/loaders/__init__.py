@@ -49,6 +49,7 @@ _ALL = (
     Loader("keras-pool", "Keras PyDataset, process pool (fork)", "fit", "keras_own:processes"),
     Loader("keras-spawn", "Keras PyDataset, process pool (spawn)", "fit", "keras_own:processes", "spawn"),
     Loader("from-generator", "tf.data from_generator", "loop", "tf_data:from_generator"),
+    Loader("keras-dir", "Keras image_dataset_from_directory", "loop", "tf_data:from_directory"),
     Loader("tf-map", "tf.data map(numpy_function, AUTOTUNE)", "loop", "tf_data:mapped"),
     Loader("recipe", "Pool.map, then from_tensor_slices", "loop", "tf_data:recipe"),
     Loader("torch", "PyTorch DataLoader, persistent workers", "loop", "torch_loader:data_loader"),

@@ -1,17 +1,29 @@
 """keras_mp itself: `fit(dataset)` (or a plain loop over it), and the tf.data export."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import keras  # noqa: F401 - keras_mp imports it on first use, and the peers' imports are not on the clock either
 
 import keras_mp
+from benchmarks.folders import Folder
 from benchmarks.loaders import Feed
 from benchmarks.work import Fill, Samples, Work
 
 
+def _augmented(augment: Any, sample: Any) -> Any:
+    image, label = sample
+    return augment(image), label
+
+
 def _dataset(work: Work, workers: int, pool: Any = None) -> Any:
     options: dict[str, Any] = {"workers": workers, "max_queue_size": max(10, 2 * workers), "pool": pool}
+    if isinstance(work, Folder):
+        transform = None if work.augment is None else functools.partial(_augmented, work.augment)
+        return keras_mp.image_dataset_from_directory(
+            work.folder, batch_size=work.batch_size, shuffle=False, verbose=False, transform=transform, **options
+        )
     if isinstance(work, Samples):
         return keras_mp.PoolDataset(work.source, work.transform, batch_size=work.batch_size, **options)
     if isinstance(work, Fill):

@@ -20,6 +20,7 @@ from keras_mp.engines.readahead import NONE_AHEAD, Limit
 from keras_mp.engines.threads import ThreadsEngine
 from keras_mp.errors import short_repr
 from keras_mp.loading.base import Loader
+from keras_mp.loading.recording import Recorder
 from keras_mp.plan.views import replace_arrays
 
 _LEAST_IN_FLIGHT = 10
@@ -45,6 +46,7 @@ class Running:
     def close(self) -> None:
         """Closes the engine; if nobody else uses its pool, returns when the workers are gone."""
         self.engine.close()
+        self.loader.close()
         if self.pool is not None:
             pool, end = weakref.ref(self.pool), self.pool.end
             self.pool = None
@@ -150,6 +152,11 @@ class EngineChoice:
         """Whether the workers are those that datasets share which are given no pool."""
         return self.pool is None and self.use_multiprocessing and self.workers > 0
 
+    @property
+    def shares_memory(self) -> bool:
+        """Whether all that load a dataset can share memory of this process."""
+        return self.pool is None or isinstance(self.pool, WorkerPool | concurrent.futures.ThreadPoolExecutor)
+
     def without_pool(self) -> EngineChoice:
         """The same for a copy in another process, where the pool cannot be."""
         return self if self.by_keras else dataclasses.replace(self, pool=None)
@@ -162,8 +169,16 @@ class EngineChoice:
         """The same, with another `timeout`, if one is given."""
         return self if timeout is None else dataclasses.replace(self, timeout_s=check_timeout(timeout))
 
-    def start(self, loader: Loader) -> Running:
-        """Makes the engine."""
+    def start(self, loader: Loader, recorder: Recorder | None = None) -> Running:
+        """Makes the engine. What happens to its workers goes to `recorder`; of batches, it comes with them."""
+        loader.open()
+        try:
+            return self._start(loader, recorder)
+        except BaseException:
+            loader.close()
+            raise
+
+    def _start(self, loader: Loader, recorder: Recorder | None) -> Running:
         if (backend := self._backend()) is not None:
             return Running(ExecutorEngine(backend, loader), loader)
         if self.is_inline:
@@ -174,7 +189,7 @@ class EngineChoice:
             pool = WorkerPool(self.workers)
         else:
             pool = self.pool if isinstance(self.pool, WorkerPool) else shared_pool(self.workers)
-        engine = pool.client(loader, self.timeout_s, tuned=self.is_auto)
+        engine = pool.client(loader, self.timeout_s, recorder, tuned=self.is_auto)
         shared = replace_arrays(loader.source, engine.shared_view)
         if shared is not loader.source:
             loader = copy.copy(loader)

@@ -6,6 +6,7 @@ Every future ends: with a batch, an error, by `cancel`, or by `close` (P3).
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from typing import Any
@@ -19,7 +20,9 @@ class Job(Future[Any]):
     """A request and its outcome to be. Of several outcomes the first counts.
 
     Attributes:
-        request: which batch.
+        request: what is to be loaded.
+        position: of the sample that it is at, in the request; -1: at none yet.
+        since: when it came to that, in seconds of `time.monotonic`.
         load: what it is loaded with, where the engine wants to know that later.
     """
 
@@ -27,6 +30,11 @@ class Job(Future[Any]):
         super().__init__()
         self.request = request
         self.load: Any = None
+        self.position, self.since = -1, 0.0
+
+    def report(self, position: int) -> None:
+        """It has come to the sample at `position`."""
+        self.position, self.since = position, time.monotonic()
 
     @property
     def name(self) -> str:

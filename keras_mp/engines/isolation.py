@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from keras_mp.errors import PoolClosed
-from keras_mp.loading.base import Loaded, Loader
+from keras_mp.loading.base import Loaded, Loader, ignore_position
 from keras_mp.loading.in_process import load_timed, owned
 from keras_mp.loading.randomness import Generators, Key, Seeder
 from keras_mp.plan.request import Request
@@ -169,15 +169,17 @@ class ThreadLoader:
         self._isolation = isolation or ThreadIsolation()
         self._copied_at: dict[int, tuple[int, int]] = {}  # by address of an array: (epoch, batch) it was last part of
 
-    def load(self, request: Request) -> Loaded:
+    def load(self, request: Request, report_position: Callable[[int], None] = ignore_position) -> Loaded:
         """Loads a batch, whose arrays nobody else holds."""
         if not self._loader.runs_user_code:
-            return self._load(request, None)
-        loaded: Loaded = self._isolation.run(lambda seed: self._load(request, seed), self._loader.generators)
+            return self._load(request, report_position, None)
+        loaded: Loaded = self._isolation.run(
+            lambda seed: self._load(request, report_position, seed), self._loader.generators
+        )
         return loaded
 
-    def _load(self, request: Request, seed: Seeder | None) -> Loaded:
-        loaded, copied = owned(load_timed(self._loader, request, seed), self._loader)
+    def _load(self, request: Request, report_position: Callable[[int], None], seed: Seeder | None) -> Loaded:
+        loaded, copied = owned(load_timed(self._loader, request, seed, report_position), self._loader)
         if len(self._copied_at) > _MAX_ADDRESSES:
             self._copied_at.clear()
         for address in copied:

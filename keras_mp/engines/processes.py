@@ -15,6 +15,7 @@ from typing import Any
 
 from keras_mp.checks import check_count, check_workers
 from keras_mp.loading.base import Loader
+from keras_mp.loading.recording import Recorder
 from keras_mp.workers.client import PoolClient
 from keras_mp.workers.dispatcher import Dispatcher
 from keras_mp.workers.tuning import TunedClient
@@ -68,19 +69,22 @@ class WorkerPool:
         """How many workers there are to be."""
         return self._dispatcher.workers.count
 
-    def client(self, loader: Loader, timeout_s: float | None = None, tuned: bool = False) -> PoolClient:
+    def client(
+        self, loader: Loader, timeout_s: float | None = None, recorder: Recorder | None = None, tuned: bool = False
+    ) -> PoolClient:
         """The engine of one dataset on this pool, which it keeps alive until it is closed.
 
         Args:
             loader: what the workers load batches with.
             timeout_s: seconds that a batch may take in a worker; None: any time.
+            recorder: gets what happens when, for a timeline.
             tuned: find the number of workers while the first epoch runs.
 
         Raises:
             KerasMPError: the loader holds something that cannot be pickled, or there is no shared memory for it.
         """
         kind = TunedClient if tuned else PoolClient
-        return kind(self._dispatcher, loader, timeout_s, self)
+        return kind(self._dispatcher, loader, timeout_s, self, recorder)
 
     def stats(self) -> dict[str, Any]:
         """Process ids, restarts so far, jobs queued and running."""

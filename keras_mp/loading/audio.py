@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from keras_mp.loading.collate import empty
 from keras_mp.loading.resampling import resample
 
 AUDIO_FORMATS = (".wav",)
@@ -117,33 +116,3 @@ def _decoded(content: bytes, start: int, count: int, encoding: int, bits: int) -
         return padded.view("<i4")[:, 0].astype(np.float32) / np.float32(2**31)
     integers: npt.NDArray[Any] = np.frombuffer(content, f"<i{bits // 8}", count, start)
     return integers.astype(np.float32) / np.float32(2 ** (bits - 1))
-
-
-def padded_batch(samples: list[Any]) -> Any:
-    """Samples of unequal lengths as one batch, filled up with zeros at the end of each axis.
-
-    Args:
-        samples: arrays of as many axes each, or tuples, lists or dicts of them.
-
-    Raises:
-        ValueError: arrays differ in their number of axes.
-    """
-    first = samples[0]
-    if isinstance(first, dict):
-        return {key: padded_batch([sample[key] for sample in samples]) for key in first}
-    if isinstance(first, tuple | list):
-        parts = [padded_batch(list(part)) for part in zip(*samples, strict=True)]
-        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
-    arrays = [np.asarray(sample) for sample in samples]
-    if len({array.ndim for array in arrays}) > 1:
-        raise ValueError(
-            f"samples of a batch differ in their number of axes: {sorted({array.shape for array in arrays})}"
-        )
-    shape = tuple(max(lengths) for lengths in zip(*(array.shape for array in arrays), strict=True))
-    batch = empty((len(arrays), *shape), np.result_type(*arrays))
-    for row, array in zip(batch, arrays, strict=True) if shape else ():
-        row[...] = 0
-        row[tuple(slice(length) for length in array.shape)] = array
-    if not shape:
-        batch[:] = arrays
-    return batch

@@ -6,12 +6,13 @@ import copy
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from keras_mp.errors import SampleFailure, sample_error
 from keras_mp.loading.randomness import Generators, Seeder
 from keras_mp.loading.timing import SlowestSamples, StageTimes, Work
+from keras_mp.memory.files import Descriptor
 from keras_mp.plan.request import Request
 
 SAMPLES_DONE = -2  # the position that is reported when all samples have been read, and the batch is put together
@@ -67,6 +68,30 @@ class Loader:
             SampleError: code of the user's failed, and what failed cannot be left out.
         """
         raise NotImplementedError
+
+    def open(self) -> None:
+        """Loading begins in this process, or in workers of it: takes what that needs, until `close`.
+
+        Raises:
+            KerasMPError: there is no memory for it.
+        """
+
+    def close(self) -> None:
+        """Gives up what `open` took. Called as often as that."""
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that its cache has."""
+        return 0
+
+    def descriptors(self) -> list[Descriptor]:
+        """Copies, which are the caller's, of what a worker needs besides the pickled loader: see `attach`."""
+        return []
+
+    def attach(self, fds: Sequence[int]) -> None:
+        """Uses, in a worker, what `descriptors` gave; from now on they are this object's."""
+        for fd in fds:
+            os.close(fd)
 
     @functools.cached_property
     def slowest(self) -> SlowestSamples:

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 from keras_mp.errors import SampleFailure
-from keras_mp.loading.collate import Samples, Stack, copied, spec_of
+from keras_mp.loading.collate import Samples, Stack, copied
+from keras_mp.loading.padded_rows import PaddedRows
+from keras_mp.loading.padding import Padding
 from keras_mp.plan.request import Request
 
 
@@ -43,7 +45,7 @@ class BatchBuilder:
         self.failures: dict[int, SampleFailure] = dict(request.failed)
         self.misfits: dict[int, tuple[Any, Any]] = {}
         self._keeps_rows = keeps_rows
-        self._rows = Samples(self.capacity, collate) if collate else Stack(self.capacity)
+        self._rows = _rows(request, collate)
 
     def add(self, position: int, sample: Any) -> None:
         """Makes `sample` part of the batch.
@@ -57,9 +59,9 @@ class BatchBuilder:
 
     def keep_misfit(self, position: int, sample: Any) -> None:
         """Remembers a sample that `add` has refused."""
-        if self.row_of:  # else it was the first, and can be stacked on nothing
-            with contextlib.suppress(TypeError, ValueError):
-                self.misfits[position] = spec_of(sample), copied(sample)  # a transform may use its memory again
+        if self.row_of and not isinstance(self._rows, Samples):  # else it was the first, and can be stacked on nothing
+            with contextlib.suppress(TypeError, ValueError):  # a transform may use its memory again
+                self.misfits[position] = self._rows.spec_of(sample), copied(sample)
 
     def use_majority(self) -> dict[int, Exception]:
         """Stacks anew if most samples are alike, but not like the first: that is the one which is wrong then.
@@ -68,14 +70,14 @@ class BatchBuilder:
             Errors of the samples that cannot be stacked on those, by position.
         """
         errors: dict[int, Exception] = {}
-        if not self.misfits or not isinstance(self._rows, Stack):
+        if not self.misfits or isinstance(self._rows, Samples):
             return errors
         ((most, count),) = collections.Counter(spec for spec, _ in self.misfits.values()).most_common(1)
         if count <= len(self.row_of):
             return errors
         samples = {position: self._rows.row(row) for position, row in self.row_of.items()}
         samples |= {position: value for position, (_, value) in self.misfits.items()}
-        self._rows = Stack(self.capacity, next(value for spec, value in self.misfits.values() if spec == most))
+        self._rows = self._rows.restarted(next(value for spec, value in self.misfits.values() if spec == most))
         self.row_of = {}
         for position in sorted(samples):
             try:
@@ -114,3 +116,12 @@ class BatchBuilder:
             return ()
         reported = set(range(self.capacity)) | {position for position, _ in self.request.failed}
         return tuple(self.failures[position] for position in sorted(reported & self.failures.keys()))
+
+
+def _rows(request: Request, collate: Callable[[list[Any]], Any] | Padding | None) -> Stack | PaddedRows | Samples:
+    capacity = len(request.samples)
+    if collate is None:
+        return Stack(capacity)
+    if isinstance(collate, Padding):
+        return PaddedRows(capacity, collate, stretch=request.stretch)
+    return Samples(capacity, collate)

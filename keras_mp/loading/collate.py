@@ -118,6 +118,15 @@ class Stack:
         root.put(row, sample)
         self._root = root  # only now: a first sample that fails half-way fixes nothing
 
+    def restarted(self, like: Any) -> Stack:
+        """One for the same batch, in which the sample `like` fixes the structure and the shapes."""
+        return Stack(self._capacity, like)
+
+    @staticmethod
+    def spec_of(sample: Any) -> Any:
+        """What must be alike in the samples of a batch; see `spec_of`."""
+        return spec_of(sample)
+
     def row(self, row: int) -> Any:
         """The sample in row `row`; its arrays are views of the batch."""
         return None if self._root is None else self._root.take(row)
@@ -135,15 +144,15 @@ def spec_of(sample: Any) -> Any:
     """
     if sample is None:
         return None
-    if (parts := _parts(sample)) is not None:
+    if (parts := parts_of(sample)) is not None:
         return isinstance(sample, Mapping), frozenset((key, spec_of(part)) for key, part in parts.items())
-    leaf = _as_leaf(sample, "sample")
+    leaf = as_leaf(sample, "sample")
     return leaf.shape, leaf.dtype.kind if leaf.dtype.kind in "USO" else ""
 
 
 def leaves_of(nest: Any, path: str) -> Iterator[tuple[str, Any]]:
     """The leaves of a sample or a batch as they are, with their paths: `path`, and keys behind it."""
-    parts = _parts(nest)
+    parts = parts_of(nest)
     if parts is None:
         yield path, nest
         return
@@ -191,7 +200,7 @@ class _Node:
 
     def put(self, row: int, value: Any) -> None:
         if value is not None:
-            raise ValueError(f"{self.path} is None in {self.basis}, but {_type_of(value)} here")
+            raise ValueError(f"{self.path} is None in {self.basis}, but {type_in_words(value)} here")
 
     def take(self, rows: int | slice) -> Any:
         return None
@@ -212,7 +221,7 @@ class _Nest(_Node):
             is_alike = isinstance(value, tuple | list)
             fits = is_alike and len(value) == len(self._children)
         if not fits:
-            here = f"keys {list(value) if self._is_map else len(value)}" if is_alike else _type_of(value)
+            here = f"keys {list(value) if self._is_map else len(value)}" if is_alike else type_in_words(value)
             there = list(self._children) if self._is_map else f"{len(self._children)} parts"
             raise ValueError(f"{self.path} has {here}, but {self.basis} has {there}")
         for key, child in self._children.items():
@@ -234,11 +243,11 @@ class _Leaf(_Node):
         self._rows = empty((capacity, *first.shape), first.dtype.newbyteorder("="))
 
     def put(self, row: int, value: Any) -> None:
-        array = value if type(value) is np.ndarray else _as_leaf(value, self.path)
+        array = value if type(value) is np.ndarray else as_leaf(value, self.path)
         if array.shape != self._shape:
             raise ValueError(
                 f"{self.path} has shape {array.shape}, but {self._shape} in {self.basis}; make the shapes equal in "
-                "`transform`, or pass `collate=` to pad them"
+                "`transform`, or pass `collate=keras_mp.pad()`, which pads them"
             )
         if array.dtype != self._rows.dtype:
             self._widen(array.dtype)
@@ -266,13 +275,13 @@ class _Leaf(_Node):
 def _node(sample: Any, capacity: int, basis: str, path: str = "sample") -> _Node:
     if sample is None:
         return _Node(path, basis)
-    if (parts := _parts(sample)) is not None:
+    if (parts := parts_of(sample)) is not None:
         children = {key: _node(part, capacity, basis, f"{path}[{key!r}]") for key, part in parts.items()}
         return _Nest(path, basis, children, sample)
-    return _Leaf(path, basis, _as_leaf(sample, path), capacity)
+    return _Leaf(path, basis, as_leaf(sample, path), capacity)
 
 
-def _parts(sample: Any) -> dict[Any, Any] | None:
+def parts_of(sample: Any) -> dict[Any, Any] | None:
     """A nest's parts by key or number; None for a leaf."""
     if isinstance(sample, Mapping):
         return dict(sample.items())
@@ -287,7 +296,12 @@ def _is_scalar_list(value: list[Any]) -> bool:
     )
 
 
-def _as_leaf(value: Any, path: str) -> npt.NDArray[Any]:
+def as_leaf(value: Any, path: str) -> npt.NDArray[Any]:
+    """A leaf as an array.
+
+    Raises:
+        TypeError: it makes none; `path` is where it is, in words.
+    """
     if isinstance(value, bytes):  # dtype "S" would drop trailing zero bytes
         array = np.empty((), dtype=object)
         array[()] = value
@@ -295,11 +309,12 @@ def _as_leaf(value: Any, path: str) -> npt.NDArray[Any]:
     array = np.asarray(value)
     if array.dtype.hasobject and not isinstance(value, np.ndarray) and not hasattr(value, "__array__"):
         raise TypeError(
-            f"{path} is {_type_of(value)}, which cannot be stacked; return arrays, scalars, strings or dicts and "
+            f"{path} is {type_in_words(value)}, which cannot be stacked; return arrays, scalars, strings or dicts and "
             "tuples of them, or pass `collate=`"
         )
     return array
 
 
-def _type_of(value: Any) -> str:
+def type_in_words(value: Any) -> str:
+    """Of which type a value is, in words."""
     return f"of type {type(value).__name__}"

@@ -9,6 +9,7 @@ memory is not NumPy's own. Most batches are fresh, and are passed on as they are
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,24 +21,26 @@ from keras_mp.loading.timing import StageTimes
 from keras_mp.plan.request import Request
 
 
-def load_in_process(loader: Loader, request: Request, traced: bool = False) -> Loaded:
+def load_in_process(loader: Loader, request: Request) -> Loaded:
     """Loads a batch in this thread, while no other thread loads, and leaves the random generators as they were."""
     if not loader.runs_user_code:
-        return load_timed(loader, request, None, traced)
+        return load_timed(loader, request, None)
     with loader.generators.restored():
-        return owned(load_timed(loader, request, loader.generators.seed, traced), loader)[0]
+        return owned(load_timed(loader, request, loader.generators.seed), loader)[0]
 
 
-def load_timed(loader: Loader, request: Request, seed: Seeder | None, traced: bool = False) -> Loaded:
+def load_timed(
+    loader: Loader, request: Request, seed: Seeder | None, report_position: Callable[[int], None] = ignore_position
+) -> Loaded:
     """Loads a batch, and says what it took."""
-    times = StageTimes(loader.slowest, traced)
-    loaded = loader.load(request, ignore_position, seed, times)
+    times = StageTimes(loader.slowest, request.traced)
+    loaded = loader.load(request, report_position, seed, times)
     return loaded._replace(work=times.result(), nbytes=_nbytes(loaded.batch))
 
 
 def owned(loaded: Loaded, loader: Loader) -> tuple[Loaded, list[int]]:
     """The batch, with copies in place of the arrays that somebody else holds; and the addresses of those arrays."""
-    if isinstance(loader, SampleLoader) and loader.collate is None and loader.batch_transform is None:
+    if isinstance(loader, SampleLoader) and loader.stacks and loader.batch_transform is None:
         return loaded, []  # our own collate made it
     copied: list[int] = []
     batch = _owned([loaded.batch], 0, _ONE + 1, False, copied)  # `loaded` is one more that refers to it

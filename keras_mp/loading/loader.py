@@ -11,7 +11,7 @@ What the transform gets from an array or a list is its own copy: it may write in
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -20,9 +20,12 @@ from keras_mp.checks import length_of
 from keras_mp.errors import sample_error, short_repr
 from keras_mp.loading.base import SAMPLES_DONE, Loaded, Loader, batch_error, check_batch, failure_of
 from keras_mp.loading.builder import BatchBuilder
+from keras_mp.loading.cache import SampleCache
 from keras_mp.loading.collate import copied
+from keras_mp.loading.padding import Padding
 from keras_mp.loading.randomness import Key, Seeder, takes_rng
-from keras_mp.loading.timing import BATCH_TRANSFORM, COLLATE, SOURCE, STAGES, TRANSFORM, StageTimes
+from keras_mp.loading.timing import BATCH_TRANSFORM, CACHE, COLLATE, LOAD, SOURCE, STAGES, TRANSFORM, StageTimes
+from keras_mp.memory.files import Descriptor
 from keras_mp.plan.request import Request
 from keras_mp.plan.seeds import Stream, seed_sequence
 from keras_mp.plan.views import is_in_memory, is_plain
@@ -32,6 +35,19 @@ OnError = Literal["raise", "skip", "replace"]
 # So many samples from elsewhere are tried for a batch without a good one: where one in twenty is good, all of them fail
 # in one such batch of half a million.
 _MAX_SUBSTITUTES = 256
+
+
+_NOT_READ = "not read"
+
+
+class _Place:
+    """Where in the making of a sample its code is: at which stage, and for which item of the source."""
+
+    __slots__ = ("item", "stage")
+
+    def __init__(self) -> None:
+        self.stage = "source"
+        self.item: Any = _NOT_READ
 
 
 @dataclasses.dataclass
@@ -46,6 +62,8 @@ class SampleLoader(Loader):
         seed: root of all randomness.
         on_error: "raise", "skip" (leave the sample out) or "replace" (by the nearest good sample before it).
         retries: how often a failing sample is tried again first.
+        load_sample: item of the source -> sample, before `transform`; or None.
+        cache: keeps what that gave, or without it the item; or None.
     """
 
     source: Any
@@ -55,13 +73,46 @@ class SampleLoader(Loader):
     seed: int = 0
     on_error: OnError = "raise"
     retries: int = 0
+    load_sample: Callable[..., Any] | None = None
+    cache: SampleCache | None = None
 
     def __post_init__(self) -> None:
+        self._namespace = b""
         self._transform_takes_rng = takes_rng(self.transform)
         self._batch_transform_takes_rng = takes_rng(self.batch_transform)
-        self._copies = is_in_memory(self.source) and bool(self.transform or self.collate)
-        functions = bool(self.transform or self.collate or self.batch_transform)
-        self.runs_user_code = functions or not is_plain(self.source)
+        self._copies = is_in_memory(self.source) and bool(self.transform or self.load_sample or not self.stacks)
+        functions = bool(self.transform or self.collate or self.batch_transform or self.load_sample)
+        self.runs_user_code = functions or self.cache is not None or not is_plain(self.source)
+
+    def __getstate__(self) -> dict[str, Any]:  # for a copy too; so whoever loads has the mark of what the code is now
+        state = super().__getstate__()
+        if self.cache is not None:
+            state["_namespace"] = self.cache.namespace(self.load_sample, self.source)
+        return state
+
+    def open(self) -> None:
+        if self.cache is not None:
+            self.cache.open()
+
+    def close(self) -> None:
+        if self.cache is not None:
+            self.cache.close()
+
+    @property
+    def cache_bytes(self) -> int:
+        return 0 if self.cache is None else self.cache.nbytes
+
+    def descriptors(self) -> list[Descriptor]:
+        return [] if self.cache is None else self.cache.descriptors()
+
+    def attach(self, fds: Sequence[int]) -> None:
+        if self.cache is not None:
+            self.cache.attach(fds)
+
+    @property
+    def stacks(self) -> bool:
+        """Whether samples are made a batch by code of ours, whose arrays nobody else holds."""
+        return self.collate is None or isinstance(self.collate, Padding)
 
     def load(
         self, request: Request, report_position: Callable[[int], None], seed: Seeder | None, times: StageTimes
@@ -105,46 +156,102 @@ class SampleLoader(Loader):
             return
         attempts = self.retries
         while True:
-            stage, item = "source", "not read"
+            at = _Place()
+            sample = None
             if times is not None:
-                times.item = item
+                times.item = at.item
                 times.begin_sample(index)
             try:
-                if seed is not None and key is not None:
-                    seed(key)
-                item = sample = self.source[index]
-                if self._copies:
-                    sample = copied(sample)
-                if times is not None:
-                    times.item = item
-                    times.lap(SOURCE)
-                stage = "transform"
+                sample = self._read(at, index, key, seed, times)
+                at.stage = "transform"
                 if self.transform is not None:
                     rng = {"rng": key.generator()} if self._transform_takes_rng and key else {}
                     sample = self.transform(sample, **rng)
                     if times is not None:
                         times.lap(TRANSFORM)
-                stage = "collate"
+                at.stage = "collate"
                 builder.add(position, sample)
                 if times is not None:
                     times.lap(COLLATE)
                 return
             except (Exception, SystemExit) as error:
                 if times is not None:
-                    times.lap(STAGES.index(stage))
+                    times.lap(STAGES.index(at.stage))
                 if attempts > 0:
                     attempts -= 1
                     if times is not None:
                         times.retries += 1
                     continue
-                text = item if stage == "source" else short_repr(item, 120)
-                failure = failure_of(error, stage, builder.request, index, text)
+                item = self._item_in_words(at, index)
+                failure = failure_of(error, at.stage, builder.request, index, item)
                 if self.on_error == "raise":
                     raise sample_error(failure, error) from error
                 builder.failures[position] = failure
-                if stage == "collate":
+                if at.stage == "collate":
                     builder.keep_misfit(position, sample)
                 return
+
+    def _read(self, at: _Place, index: int, key: Key | None, seed: Seeder | None, times: StageTimes | None) -> Any:
+        """The sample that `transform` gets: from the source and `load`, or what they gave before.
+
+        `load` finds the random generators the same in every epoch, and `transform` as if there were neither it nor a
+        cache (P2).
+        """
+        load, cache = self.load_sample, self.cache
+        if seed is not None and key is not None:
+            seed(key if load is None else Key(Stream.LOAD, self.seed, 0, index))
+        sample = None if load is None and cache is not None else self._read_item(at, index, times)
+        if cache is None and load is None:
+            return sample
+        place = b""
+        if cache is not None:
+            at.stage = "cache"
+            place = cache.key(self._namespace, index, at.item, load is not None)
+            found = cache.get(index, place)
+            if times is not None:
+                times.hits += found is not None
+                times.misses += found is None
+                times.lap(CACHE)
+            if found is not None:
+                (sample,) = found
+                self._seed_again(key, seed)
+                return sample
+            if load is None:
+                sample = self._read_item(at, index, times)
+        if load is not None:
+            at.stage = "load"
+            sample = load(sample)
+            if sample is None:
+                raise TypeError("load returned None; did it forget to return the sample?")
+            if times is not None:
+                times.lap(LOAD)
+        if cache is not None:
+            at.stage = "cache"
+            refusal = cache.put(index, place, sample)
+            if times is not None:
+                times.cache_refusal = times.cache_refusal or refusal
+                times.lap(CACHE)
+        self._seed_again(key, seed)
+        return sample
+
+    def _read_item(self, at: _Place, index: int, times: StageTimes | None) -> Any:
+        """What the source holds there; a copy if it may be its own memory."""
+        at.stage = "source"
+        at.item = self.source[index]
+        item = copied(at.item) if self._copies else at.item
+        if times is not None:
+            times.item = at.item
+            times.lap(SOURCE)
+        return item
+
+    def _seed_again(self, key: Key | None, seed: Seeder | None) -> None:
+        if seed is not None and key is not None:
+            seed(key)
+
+    def _item_in_words(self, at: _Place, index: int) -> str:
+        if at.stage == "source":
+            return _NOT_READ
+        return self._describe_item(index) if at.item is _NOT_READ else short_repr(at.item, 120)
 
     def _repair(
         self,

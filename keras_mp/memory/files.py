@@ -32,6 +32,22 @@ def create_memory_file(name: str = "keras_mp") -> int:
         return os.dup(file.fileno())
 
 
+class Descriptor:
+    """A file descriptor that is closed when nobody has it any more."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def close(self) -> None:
+        """Closes it. May be called twice."""
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            os.close(fd)
+
+    def __del__(self) -> None:
+        self.close()
+
+
 def round_to_page(size: int) -> int:
     """The next multiple of the page size."""
     return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE

@@ -64,7 +64,7 @@ class _UserPickler(CodePickler):
         if isinstance(obj, _RLOCK):
             return threading.RLock, ()
         if isinstance(obj, np.memmap):
-            place = _memmap_place(obj)
+            place = memmap_place(obj)
             if place is not None:
                 return _open_memmap, place
             return np.asarray(obj).__reduce_ex__(5)
@@ -98,7 +98,7 @@ def _py_dataset_stand_in() -> type:
     return PyDatasetStandIn if keras is None else keras.utils.PyDataset
 
 
-def _memmap_place(array: np.memmap[Any, Any]) -> tuple[Any, ...] | None:
+def memmap_place(array: np.memmap[Any, Any]) -> tuple[Any, ...] | None:
     """Where in which file `array` lies, or None if its bytes cannot be found there."""
     if array.filename is None or array.mode == "c" or not array.size:
         return None  # mode "c" holds private changes that the file does not have

@@ -20,6 +20,7 @@ class Stream(enum.IntEnum):
     SUBSTITUTE = 6  # what such a sample draws
     BATCH_ORDER = 7  # of batches, where Keras shuffles them
     BUCKET_ORDER = 8  # of the batches of all buckets
+    LOAD = 10  # of the code that runs before a cache, the same in every epoch
     SPLIT = 9  # which samples go to which part of a source
 
 

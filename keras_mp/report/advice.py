@@ -25,9 +25,11 @@ _STAGE_NAMES = {
     "write": "writing to shared memory",
 }
 _REMEDIES = {
-    "source": "store it in a form that is faster to read",
-    "transform": "make it cheaper, or do what is the same in every epoch once, beforehand, and keep what it gives",
-    "collate": "let the samples be arrays of one shape, which are stacked straight into shared memory",
+    "source": "keep what it gives (cache=), or store it in a form that is faster to read",
+    "load": "keep what it gives (cache=)",
+    "cache": "put the cache on a faster disk, or in memory (cache='ram')",
+    "transform": "make it cheaper, or move what is the same in every epoch to load= and keep it (cache=)",
+    "collate": "arrays of one shape, or keras_mp.pad(), are written straight into shared memory",
     "batch_transform": "make it cheaper, or move it into the model",
     "write": "smaller dtypes (uint8 in place of float32) make it cheaper",
 }
@@ -49,7 +51,7 @@ def advise(stats: Stats, training: Training | None, cores: int) -> list[str]:
     if stats.loaded_batches == 0:
         return ["Nothing has been loaded yet: train on the dataset or iterate over it, then ask again."]
     load = Load.of(stats, training, cores)
-    sentences = [*_about_waiting(stats, load), *_about_faults(stats)]
+    sentences = [*_about_waiting(stats, load), *_about_starts(load), *_about_faults(stats)]
     if stats.batches < _FEW_BATCHES:
         sentences.append(f"These are the numbers of {count(stats.batches, 'batch', 'batches')}: too few to rely on.")
     return sentences
@@ -61,6 +63,8 @@ def _about_waiting(stats: Stats, load: Load) -> list[str]:
         return _about_tensorflow(stats, load)
     if load.waited < HARDLY_WAITS:
         return [_hardly(who, load)]
+    if load.late < HARDLY_WAITS:
+        return [f"{capital(who)} waited {load.waited:.0%} of the time for data, and hardly but for the first batch."]
     waited = f"{capital(who)} waited {load.waited:.0%} of the time for data"
     return [f"{waited}; {_what_would_help(stats, load)}", *_about_work(stats, load)]
 
@@ -121,14 +125,15 @@ def _what_would_help(stats: Stats, load: Load) -> str:
     if load.busy < _BUSY:
         return (
             f"{busy}, so more of them would not help: handing over batches is the limit, or single slow batches. "
-            "Larger batches, a larger max_queue_size=, and on TensorFlow fit(dataset.to_tf_dataset()) can help."
+            "Larger batches, a larger max_queue_size=, and on TensorFlow fit(dataset.to_tf_dataset()), which does not "
+            "stand still between epochs, can help."
         )
     if needed <= load.workers:
         return (
             f"{busy}. On average they keep up ({times}), so it is slow batches that are waited for: a larger "
             "max_queue_size= evens them out, a worker more leaves room for them."
         )
-    if load.cores_are_full or (useful is not None and load.workers >= useful):
+    if useful is not None and load.workers >= useful:
         threads = (
             " Threads share one interpreter, and processes (use_multiprocessing=True) do not."
             if stats.engine == "threads"
@@ -154,6 +159,16 @@ def _what_would_help(stats: Stats, load: Load) -> str:
 
 def _training_share(load: Load) -> str:
     return f"{load.process_cpu_s / max(load.cycle_s, 1e-6):.1f} of them by the training itself"
+
+
+def _about_starts(load: Load) -> list[str]:
+    if load.first_waited < HARDLY_WAITS or (not load.workers and load.late >= HARDLY_WAITS):
+        return []
+    return [
+        f"{load.first_waited:.0%} of the time passed before the first batch of a pass was there "
+        f"({seconds(load.first_wait_s)} each time): workers start, and nothing has been read ahead. Longer epochs make "
+        "it matter less, and on TensorFlow to_tf_dataset(epochs=...) reads ahead from one to the next."
+    ]
 
 
 def _about_work(stats: Stats, load: Load) -> list[str]:

@@ -36,7 +36,11 @@ class Load:
         cores: that may be used.
         busy: share of their time that workers were at batches, from 0 to 1.
         starting: share of that time for which a worker, on average, was not there yet, from 0 to 1.
-        waited: share of its time that who took batches waited, from 0 to 1.
+        waited: share of its time that who took batches waited, from 0 to 1; without what came before the first batch of
+            a pass, except in what `PipelineMonitor` measured.
+        first_wait_s: that came before the first batch of a pass, on average.
+        first_waited: share of the time, all included, that this took.
+        late: share of its time that who took batches waited for others than the first of a pass.
         of_fit: whether `PipelineMonitor` measured it.
     """
 
@@ -51,6 +55,9 @@ class Load:
     busy: float
     starting: float
     waited: float
+    first_wait_s: float
+    first_waited: float
+    late: float
     of_fit: bool
 
     @classmethod
@@ -67,6 +74,8 @@ class Load:
             cycle_s, taken = wait_s + numbers.use_s, numbers.batches
             waited = wait_s / cycle_s if cycle_s else 0.0
             step = numbers.use_s if numbers.wait_is_of_training and numbers.steps else -1.0
+        total_s = training.elapsed_s if training is not None and measured else numbers.wait_s + numbers.used_s
+        first_waited = min(1.0, numbers.first_wait_s / max(total_s, 1e-6))
         cpu_s = numbers.cpu_s / max(1, numbers.loaded_batches)
         own_cpu_s = numbers.process_cpu_s - (numbers.cpu_s if numbers.engine in _IN_PROCESS else 0.0)
         busy = numbers.worker_busy_fraction
@@ -84,6 +93,9 @@ class Load:
             busy=busy,
             starting=_starting(numbers),
             waited=waited,
+            first_wait_s=numbers.first_wait_s / max(1, numbers.batches - numbers.steps),
+            first_waited=first_waited,
+            late=max(0.0, waited - first_waited) if measured else waited,
             of_fit=measured,
         )
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from keras_mp.errors import KerasMPError
 from keras_mp.loading.base import Loaded, Loader
+from keras_mp.loading.recording import Recorder
 from keras_mp.memory import files, pickling
 from keras_mp.memory.segment import Segment
 from keras_mp.plan.request import Request
@@ -38,19 +39,31 @@ class PoolClient:
         loader: what its workers load batches with.
         timeout_s: seconds that a batch may take in a worker; None: any time.
         pool: whatever must live as long as somebody may ask for a batch.
+        recorder: gets what happens when, for a timeline.
 
     Raises:
         KerasMPError: the loader cannot be pickled, or there is no shared memory for it.
     """
 
-    def __init__(self, dispatcher: Dispatcher, loader: Loader, timeout_s: float | None, pool: object) -> None:
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        loader: Loader,
+        timeout_s: float | None,
+        pool: object,
+        recorder: Recorder | None = None,
+    ) -> None:
         self._dispatcher = dispatcher
         self._pool: object | None = pool
-        self._shared = SharedLoader(SampleNames(loader), timeout_s)
+        self._shared = SharedLoader(SampleNames(loader), timeout_s, recorder)
         self._message: SetLoader | None = None
         self._small: Segment | None = None
         self._large: Segment | None = None
         self._large_places: dict[int, Place] = {}  # by the address the buffer came from
+        try:
+            self._files = loader.descriptors()  # the same in all its states
+        except OSError as error:
+            raise KerasMPError(f"no descriptor for the dataset's cache: {error}. Raise `ulimit -n`") from error
         self.update(loader)
         self._finalizer = weakref.finalize(self, dispatcher.give_up, self._shared)
         self._finalizer.atexit = False
@@ -129,6 +142,7 @@ class PoolClient:
             large=large_places,
             order=is_large,
             sizes=(small_size, large_size),
+            files=len(self._files),
         )
         large_segment = self._large
         if large_segment is not None and not large_segment.holds(large, large_places, large_size):
@@ -150,7 +164,7 @@ class PoolClient:
         self._small, self._large = small_segment, large_segment
         addresses = [np.frombuffer(buffer.raw(), np.uint8).ctypes.data for buffer in large]
         self._large_places = dict(zip(addresses, large_places, strict=True))
-        self._shared.replace(self._message, (small_segment, large_segment))
+        self._shared.replace(self._message, (small_segment, large_segment, *self._files))
         return True
 
     def shared_view(self, array: npt.NDArray[Any]) -> npt.NDArray[Any] | None:

@@ -38,6 +38,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from keras_mp.errors import PoolClosed
+from keras_mp.workers import timeline
 from keras_mp.workers.handle import WorkerHandle
 from keras_mp.workers.job_queue import JobQueue
 from keras_mp.workers.jobs import Job
@@ -234,6 +235,7 @@ class Dispatcher:
                 else:
                     handle.process.set_ready(message.where_fd)
                     self._starts.add_success()
+                    timeline.add_start(handle, self.workers.restarts > 0, self._loaders)
                 self._queue.hand_out()
         if gone:
             with self.lock:
@@ -263,14 +265,14 @@ class Dispatcher:
                 nbytes += batch.nbytes
                 bundle.loader.record_batch(batch.load_s, batch.nbytes)
             job.finish(batch)
-        if reply.work is not None:
-            bundle.loader.totals.add(reply.work, nbytes)
+        bundle.loader.record_work(reply.work, nbytes)
         self._queue.put_back(bundle.jobs[len(reply.batches) :])
 
     def _settle(self, handle: WorkerHandle) -> None:
         """Puts back what a worker was doing that has ended, or that cannot be made to."""
         said = handle.process.captured_stderr()
         end = handle.settle()
+        timeline.add_end(handle, end, self._loaders)
         if handle.is_surplus and not handle.bundles:  # it was let go, and has left
             return
         if not handle.process.ready:

@@ -74,6 +74,11 @@ class WorkerHandle:
         return self._busy_s + (time.monotonic() - self._head_since if self.bundles and self.process.ready else 0.0)
 
     @property
+    def head_since(self) -> float:
+        """When it came to the first of its bundles, in seconds of `time.monotonic`."""
+        return self._head_since
+
+    @property
     def ready_s(self) -> float:
         """How long it has been ready for work, in seconds."""
         return time.monotonic() - self.process.ready_at if self.process.ready else 0.0

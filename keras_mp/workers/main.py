@@ -74,7 +74,7 @@ class Worker:
         while (received := frames.receive(self._sock)) is not None:
             message, fds = received
             if isinstance(message, SetLoader):
-                _check_received(len(fds) == len(message.sizes))
+                _check_received(len(fds) == len(message.sizes) + message.files)
                 self._loaders[message.loader] = _unpack(message, fds)
             elif isinstance(message, Forget):
                 self._forget(message)
@@ -113,7 +113,7 @@ class Worker:
             return Reply(run.number, [_refused(error, run.slot_size)], run.slot_size)
         except BaseException as error:
             return Reply(run.number, [failed_batch(error)], run.slot_size)
-        times = StageTimes(self._slowest.setdefault(run.loader, SlowestSamples()), run.traced)
+        times = StageTimes(self._slowest.setdefault(run.loader, SlowestSamples()), requests[0].traced)
         for request in requests:
             begun = time.perf_counter()
             if batches and begun - started > _LONGEST_RUN_S:
@@ -181,7 +181,9 @@ def _unpack(message: SetLoader, fds: list[int]) -> Loader | BaseException:
     User code may write to them, and changes pages of its own then.
     """
     try:
-        small, large = (map_privately(fd, size) if size else None for fd, size in zip(fds, message.sizes, strict=True))
+        small, large = (
+            map_privately(fd, size) if size else None for fd, size in zip(fds[:2], message.sizes, strict=True)
+        )
         places = {False: iter(message.small), True: iter(message.large)}
         buffers = []
         for is_large in message.order:
@@ -192,6 +194,9 @@ def _unpack(message: SetLoader, fds: list[int]) -> Loader | BaseException:
             raise RuntimeError("the loader came without its pickle")
         offset, size = message.pickle
         loader: Loader = pickle.loads(small[offset : offset + size].data, buffers=buffers)
+        files, fds = fds[2:], fds[:2]
+        if files:
+            loader.attach(files)
         return loader
     except BaseException as error:  # SystemExit too: it would end one worker after the other
         error.add_note("While unpickling the dataset's source and functions in the worker process.")

@@ -45,7 +45,8 @@ class Ready(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SetLoader:
-    """A loader, or a new version of one. Two descriptors come along: the pickle's segment and the large arrays' one.
+    """A loader, or a new version of one, and descriptors: of the pickle's segment, of the large arrays' one, and of its
+    cache.
 
     Attributes:
         loader: its number.
@@ -54,6 +55,7 @@ class SetLoader:
         small, large: places of the out-of-band buffers in each of the two, in the order of the pickle.
         order: for each buffer, whether it is a large one.
         sizes: bytes of the two segments.
+        files: how many descriptors come after these.
     """
 
     loader: int
@@ -63,13 +65,14 @@ class SetLoader:
     large: list[Place]
     order: list[bool]
     sizes: tuple[int, int]
+    files: int = 0
 
 
 class Run(NamedTuple):
     """A request for batches, to be built in one slot.
 
     `requests` may be the length of their pickle, which is then at the start of the slot. A slot the worker has not seen
-    yet comes as a descriptor. `traced` asks for every span of time.
+    yet comes as a descriptor.
     """
 
     number: int
@@ -77,7 +80,6 @@ class Run(NamedTuple):
     slot: int
     slot_size: int
     requests: list[Request] | int
-    traced: bool = False
 
 
 class Forget(NamedTuple):

@@ -11,7 +11,9 @@ import threading
 import time
 
 from keras_mp.errors import PoolClosed
-from keras_mp.loading.timing import WorkTotals
+from keras_mp.loading.recording import Recorder
+from keras_mp.loading.timing import Work, WorkTotals
+from keras_mp.memory.files import Descriptor
 from keras_mp.memory.segment import Segment
 from keras_mp.memory.slots import SlotPool
 from keras_mp.workers.faults import SampleNames
@@ -33,9 +35,10 @@ class SharedLoader:
     Args:
         samples: tells of which samples a batch is made.
         timeout_s: seconds that a batch may take in a worker; None: any time.
+        recorder: gets what happens when, for a timeline.
     """
 
-    def __init__(self, samples: SampleNames, timeout_s: float | None) -> None:
+    def __init__(self, samples: SampleNames, timeout_s: float | None, recorder: Recorder | None = None) -> None:
         self.number = next(_numbers)
         self.samples = samples
         self.timeout_s = timeout_s
@@ -46,14 +49,15 @@ class SharedLoader:
         self.closed = False
         self.closed_at = 0.0
         self.totals = WorkTotals()
+        self.recorder = recorder or Recorder()
         self._mean_load_s = _SHORT_LOAD_S
         self.batch_bytes: int | None = None  # of the last one
         self._lock = threading.Lock()  # of what follows, and never held for long
         self._message: SetLoader | None = None
-        self._segments: tuple[Segment, ...] = ()
-        self._retired: list[Segment] = []  # the dispatcher may still be sending their descriptors
+        self._segments: tuple[Segment | Descriptor, ...] = ()
+        self._retired: list[Segment | Descriptor] = []  # the dispatcher may still be sending their descriptors
 
-    def replace(self, message: SetLoader, segments: tuple[Segment, Segment]) -> None:
+    def replace(self, message: SetLoader, segments: tuple[Segment | Descriptor, ...]) -> None:
         """From now on workers get this state of the loader. Segments that come again stay as they are."""
         with self._lock:
             self._retired += [segment for segment in self._segments if segment not in segments]
@@ -101,6 +105,12 @@ class SharedLoader:
         """Takes a batch's loading time and size into account."""
         self._mean_load_s += 0.2 * (load_s - self._mean_load_s)
         self.batch_bytes = nbytes
+
+    def record_work(self, work: Work | None, nbytes: int) -> None:
+        """Counts what a worker says that it did, for batches of `nbytes`."""
+        if work is not None:
+            self.totals.add(work, nbytes)
+            self.recorder.add(work.events)
 
     def close(self) -> None:
         """Gives up segments and slots; batches that the consumer holds stay valid.

@@ -31,6 +31,7 @@ class WorkerSet:
 
     Attributes:
         count: how many there may be.
+        restarts: how many have ended that others took the place of.
         handles: of those that may be given jobs, or are starting.
         starting: held, before the dispatcher's lock, while a process is being started: a fork in between would inherit
             what keeps it alive.
@@ -43,7 +44,7 @@ class WorkerSet:
         self._ending: list[WorkerHandle] = []  # no more jobs for them; what they had is settled when they are gone
         self._environment = worker_environment(env, worker_threads)
         self._looked_at = 0.0
-        self._restarts = self._timeouts = 0
+        self.restarts = self._timeouts = 0
         self._ends: collections.deque[str] = collections.deque()
         self._ended_busy_s = self._ended_ready_s = 0.0  # of those that have ended
         self._wake_read, self._wake_write = socket.socketpair()
@@ -69,7 +70,7 @@ class WorkerSet:
 
     def record_end(self, pid: int, end: WorkerEnd) -> None:
         """Counts a worker whose place another one takes."""
-        self._restarts += 1
+        self.restarts += 1
         self._timeouts += end.cause == "late"
         self._ends.append(f"worker process {pid} {end.text}; another takes its place")
 
@@ -88,7 +89,7 @@ class WorkerSet:
             "ready_s": tuple(handle.ready_s for handle in handles),
             "pool_busy_s": self._ended_busy_s + sum(handle.busy_s for handle in handles),
             "pool_ready_s": self._ended_ready_s + sum(handle.ready_s for handle in handles),
-            "restarts": self._restarts,
+            "restarts": self.restarts,
             "timeouts": self._timeouts,
             "running": sum(len(handle.jobs) for handle in handles),
         }

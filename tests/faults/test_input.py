@@ -100,7 +100,7 @@ _GOOD: dict[str, list[Any]] = {
 
 # Samples that do not; the error's type, and words of its text.
 _BAD: dict[str, tuple[list[Any], type[Exception], str]] = {
-    "other shapes": ([np.zeros(2), np.zeros(3)], ValueError, r"shape \(3,\), but \(2,\) .* `collate=`"),
+    "other shapes": ([np.zeros(2), np.zeros(3)], ValueError, r"shape \(3,\), but \(2,\) .* `collate=keras_mp.pad"),
     "other rank": ([np.zeros(2), 1.0], ValueError, r"shape \(\), but \(2,\)"),
     "other keys": ([{"a": 1}, {"b": 1}], ValueError, "keys"),
     "other length": ([(1, 2), (1, 2, 3)], ValueError, "3.*2 parts"),

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import keras_mp
-from keras_mp.loading.audio import decode_wav, padded_batch
+from keras_mp.loading.audio import decode_wav
 from keras_mp.loading.resampling import resample
 from tests.support import assert_alike
 
@@ -131,26 +131,6 @@ def test_the_duration_stays(length: int, rate: int, new_rate: int) -> None:
 def test_rates_without_a_common_divisor_are_refused() -> None:
     with pytest.raises(ValueError, match="from 44101 to 16000 samples a second, a ratio of 16000 to 44101; choose"):
         resample(np.zeros((10, 1), np.float32), 44_101, 16_000)
-
-
-@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 3)), min_size=1, max_size=5))
-def test_padding_fills_with_zeros(shapes: list[tuple[int, int]]) -> None:
-    sounds = [np.random.default_rng(0).uniform(size=shape).astype(np.float32) for shape in shapes]
-    batch, numbers = padded_batch([(sound, number) for number, sound in enumerate(sounds)])
-    assert numbers.tolist() == list(range(len(sounds)))
-    assert batch.shape == (len(sounds), max(n for n, _ in shapes), max(c for _, c in shapes))
-    for row, sound in zip(batch, sounds, strict=True):
-        np.testing.assert_array_equal(row[: sound.shape[0], : sound.shape[1]], sound)
-        assert np.count_nonzero(row) == np.count_nonzero(sound)
-
-
-def test_padding_of_nests_and_of_unequal_axes() -> None:
-    batch = padded_batch([{"x": np.ones(2), "y": (1.5, np.zeros(1))}, {"x": np.ones(3), "y": (2.5, np.zeros(2))}])
-    np.testing.assert_array_equal(batch["x"], [[1, 1, 0], [1, 1, 1]])
-    assert batch["y"][0].tolist() == [1.5, 2.5]
-    assert batch["y"][1].shape == (2, 2)
-    with pytest.raises(ValueError, match=r"differ in their number of axes: \[\(1,\), \(1, 1\)\]"):
-        padded_batch([np.ones(1), np.ones((1, 1))])
 
 
 @pytest.fixture(scope="module")

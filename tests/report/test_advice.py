@@ -24,6 +24,7 @@ def _stats(**changed: Any) -> Stats:
         "loaded_batches": 100,
         "samples": 800,
         "wait_s": 12.0,
+        "first_wait_s": 0.12,
         "used_s": 3.96,
         "steps": 99,
         "work_s": 16.0,
@@ -56,7 +57,7 @@ def test_what_the_monitor_measured_of_fit_comes_first() -> None:
 
 
 def test_where_it_hardly_waits_the_input_is_not_the_bottleneck() -> None:
-    advice = advise(_stats(wait_s=0.2, work_s=3.0, workers=1, pool_busy_s=3.0, pool_ready_s=4.2), None, 4)
+    advice = advise(_stats(wait_s=0.32, work_s=3.0, workers=1, pool_busy_s=3.0, pool_ready_s=4.2), None, 4)
     assert advice == ["The training waited 5% of the time for data: the input is not the bottleneck."]
 
 
@@ -71,7 +72,7 @@ def test_cores_that_are_in_use_are_the_limit() -> None:
     advice = _advice(full, cores=2)
     assert "More workers cannot help: a batch takes 310 ms of processor time, and 2.0 of 2 cores are in use" in advice
     assert "would keep up" not in advice
-    assert "do what is the same in every epoch once, beforehand" in advice
+    assert "move what is the same in every epoch to load= and keep it (cache=)" in advice
     assert "Threads share one interpreter" in _advice(dataclasses.replace(full, engine="threads"), cores=2)
     assert "would keep up" in _advice(full, cores=32)
 
@@ -99,6 +100,22 @@ def test_workers_that_idle_while_the_training_waits_are_not_the_limit() -> None:
 def test_the_start_of_workers_is_not_taken_for_a_limit() -> None:
     advice = _advice(_stats(workers=8, work_s=30.0, pool_busy_s=30.0, pool_ready_s=64.0))
     assert "for 50% of the time still starting" in advice and "dataset.report(since=earlier)" in advice
+
+
+def test_what_passes_before_the_first_batch_is_told_apart() -> None:
+    advice = _advice(_stats(wait_s=1.0, first_wait_s=0.8, workers=5))
+    assert "waited 5% of the time for data: the input is not the bottleneck" in advice
+    assert "16% of the time passed before the first batch of a pass was there (800 ms each time)" in advice
+    assert "before the first batch" not in _advice(_stats(wait_s=0.3, first_wait_s=0.2))
+
+
+def test_what_fit_waited_for_the_first_batch_needs_no_more_workers() -> None:
+    of_epoch = _stats(workers=5, wait_s=1.0, first_wait_s=0.9, elapsed_s=5.0, pool_busy_s=15.0, pool_ready_s=25.0)
+    advice = _advice(of_epoch, Training(0, 100, 5.0, 1.0, 0.04, of_epoch))
+    assert advice.startswith(
+        "fit waited 20% of the time for data, and hardly but for the first batch.\n18% of the time"
+    )
+    assert "more of them would not help" not in advice
 
 
 def test_workers_that_keep_up_on_average_are_late_with_slow_batches() -> None:
@@ -142,7 +159,7 @@ def test_of_a_thread_of_tensorflow_no_step_is_invented() -> None:
     advice = _advice(busy)
     assert "the training probably waits for them" in advice and "PipelineMonitor()" in advice
     assert not re.search(r"\d+ workers? would", advice)
-    ready = _advice(_stats(wait_is_of_training=False, wait_s=0.1))
+    ready = _advice(_stats(wait_is_of_training=False, wait_s=0.22))
     assert ready == (
         "Batches were ready when TensorFlow asked for them (it waited 2% of the time): the training does not wait for "
         "the workers."

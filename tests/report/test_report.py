@@ -5,8 +5,6 @@ from __future__ import annotations
 import html.parser
 import os
 import re
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +17,6 @@ import rich.console
 import keras_mp
 from keras_mp.loading.timing import SlowSample
 from keras_mp.stats import StageStats, Stats, Training
-from tests.support import python_path
 
 _VOID = {"meta", "br", "img", "link", "hr", "input"}
 
@@ -29,14 +26,15 @@ def _sleep_20_ms(value: float) -> float:
     return value
 
 
-def _train(workers: int, **options: Any) -> tuple[keras_mp.Report, keras_mp.Report]:
+def _train(workers: int | None, samples: int = 160, **options: Any) -> tuple[keras_mp.Report, keras_mp.Report]:
     """A loop of 40 ms a step over batches of eight samples, 20 ms each: the report of all, and of all but the start."""
-    with keras_mp.PoolDataset(np.arange(160.0), _sleep_20_ms, batch_size=8, workers=workers, **options) as dataset:
-        for _ in dataset:
+    with keras_mp.PoolDataset(
+        np.arange(float(samples)), _sleep_20_ms, batch_size=8, workers=workers, **options
+    ) as dataset:
+        for number, _ in enumerate(dataset):
             time.sleep(0.04)
-        first = dataset.stats()
-        for _ in dataset:
-            time.sleep(0.04)
+            if number == 9:
+                first = dataset.stats()
         return dataset.report(), dataset.report(since=first)
 
 
@@ -46,15 +44,15 @@ def _wait_fraction(report: keras_mp.Report) -> float:
 
 
 def test_the_advice_followed_makes_the_waiting_go_away() -> None:
-    report, _ = _train(1)
+    report, _ = _train(1, 240)
     assert _wait_fraction(report) > 0.6
     found = re.search(r"waited \d+% of the time for data; the one worker was 9\d%|100% busy", report.advice[0])
     assert found, report.advice
     number = re.search(r"(\d+) workers would keep up", report.advice[0])
     assert number is not None, report.advice
     assert 3 <= int(number[1]) <= 7  # 4 or 5 on a quiet machine
-    _, followed = _train(int(number[1]))
-    assert _wait_fraction(followed) < _wait_fraction(report), followed.advice  # 0.03 to 0.15 on a quiet machine
+    _, followed = _train(int(number[1]), 480)
+    assert _wait_fraction(followed) < _wait_fraction(report) / 3, followed.advice  # 0.01 to 0.1 on a quiet machine
 
 
 @pytest.mark.parametrize(
@@ -72,7 +70,7 @@ def test_other_engines_are_advised_too(options: dict[str, Any], said: str) -> No
 
 def test_an_executor_is_told_how_many_workers_would_do() -> None:
     with ThreadPoolExecutor(1) as pool:
-        _, report = _train(None, pool=pool)  # type: ignore[arg-type]
+        _, report = _train(None, pool=pool)
     assert "how many workers the ThreadPoolExecutor has is not known here; " in report.advice[0]
 
 
@@ -85,10 +83,10 @@ def test_numbers_outlive_the_dataset_and_time_after_the_loop_does_not_count() ->
         time.sleep(0.3)  # somebody reads, or validates
         list(dataset)
         after = dataset.stats(since=before)
-        assert after.used_s < 0.2 and after.steps == 15
+        assert after.used_s < 0.2 and (before.steps, after.steps) == (15, 15)
     closed = dataset.stats()
     assert (closed.batches, closed.loaded_batches, closed.slots, closed.running) == (32, 32, 0, 0)
-    assert closed.first_wait_s > 0 and after.first_wait_s == 0
+    assert closed.first_wait_s > after.first_wait_s > 0
     dataset.close()
     assert dataset.stats() == closed
     assert "busy" in dataset.report().advice[0]
@@ -226,24 +224,3 @@ def test_it_prints_tables_and_what_the_monitor_measured() -> None:
 def test_a_wrong_path_is_refused(path: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         _report().save(path)
-
-
-def test_the_guide_runs(tmp_path: Path) -> None:
-    guide = Path(__file__).parents[2] / "docs" / "bottleneck.md"
-    blocks = re.findall(r"^```python\n(.*?)^```", guide.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    assert len(blocks) >= 3
-    script = tmp_path / "guide.py"
-    script.write_text("\n".join(blocks), encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, script],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": python_path()},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "workers would keep up" in done.stdout
-    _checked((tmp_path / "report.html").read_text(encoding="utf-8"))
