@@ -14,6 +14,7 @@ from typing import Any
 
 import keras
 
+from keras_mp.checks import check_count
 from keras_mp.errors import short_repr
 from keras_mp.plan.batching import Batching
 
@@ -46,6 +47,22 @@ def share_of(plan: Batching, seed_is_drawn: bool) -> tuple[int, Batching]:
             "seed=None, so pass the same seed= in each"
         )
     return shards, plan.for_shard(shards, index)
+
+
+def checked_place(num_shards: int | None, index: int | None) -> tuple[int, int]:
+    """Among how many processes this one trains, and its number: as the user says, or as is found.
+
+    Raises:
+        TypeError, ValueError: one of them is missing, or out of range; or nothing is found.
+    """
+    if num_shards is None and index is None:
+        return find_place()
+    if num_shards is None or index is None:
+        raise TypeError(f"shard() needs both num_shards and index, or none of them, got {num_shards=}, {index=}")
+    num_shards, index = check_count(num_shards, "num_shards"), check_count(index, "index", 0)
+    if index >= num_shards:
+        raise ValueError(f"index must be below num_shards={num_shards}, got {index}")
+    return num_shards, index
 
 
 def find_place() -> tuple[int, int]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from keras_mp import checks
-from keras_mp.auto_shard import find_place
+from keras_mp.auto_shard import checked_place
 from keras_mp.bridge import Bridge
 from keras_mp.errors import SampleFailure, short_repr
 from keras_mp.loading.batch_loader import BatchLoader
@@ -68,14 +68,7 @@ class LoadedDataset(Bridge):
             ValueError: the index is out of range, the samples cannot be divided into so many parts, or, without
                 arguments, nothing says which process this is.
         """
-        if num_shards is None and index is None:
-            num_shards, index = find_place()
-        elif num_shards is None or index is None:
-            raise TypeError(f"shard() needs both num_shards and index, or none of them, got {num_shards=}, {index=}")
-        num_shards = checks.check_count(num_shards, "num_shards")
-        index = checks.check_count(index, "index", 0)
-        if index >= num_shards:
-            raise ValueError(f"index must be below num_shards={num_shards}, got {index}")
+        num_shards, index = checked_place(num_shards, index)
         self._refuse_endless("shard()")
         return self._part(self._plan.for_shard(num_shards, index))
 

@@ -164,6 +164,26 @@ def test_a_task_carries_the_request_alone() -> None:
     assert max(executor.bytes) < 3000
 
 
+@pytest.mark.parametrize("name", ["processes", "loky", "dask", "ray"])
+def test_a_cache_in_memory_is_not_for_workers_elsewhere(name: str, pools: Callable[[str], Any]) -> None:
+    with pytest.raises(ValueError, match=r"cache='ram' is memory .* pass a folder as cache=, or leave out pool="):
+        keras_mp.PoolDataset(range(8), cache="ram", pool=pools(name))
+
+
+@pytest.mark.parametrize("name", ["processes", "dask", "ray"])
+def test_a_cache_in_a_folder_is_filled_by_all_workers(name: str, pools: Callable[[str], Any], tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    for loaded in (16, 0):
+        with keras_mp.PoolDataset(
+            range(16), load=Marked(begun), batch_size=4, cache=tmp_path / "cache", cache_version=1, pool=pools(name)
+        ) as dataset:
+            assert np.concatenate(list(dataset)).tolist() == list(range(16))
+        assert _begun(begun) == loaded
+        for path in begun.iterdir():
+            path.unlink()
+
+
 # -- how much is asked for -------------------------------------------------------------------------------------------
 
 
