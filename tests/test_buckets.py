@@ -6,7 +6,6 @@ import concurrent.futures
 import json
 import os
 import textwrap
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -252,9 +251,9 @@ def test_a_function_that_fails(
 
 
 def test_a_function_that_cannot_travel() -> None:
-    lock = threading.Lock()
-    with pytest.raises(keras_mp.KerasMPError, match="cannot be sent to worker processes"):
-        dataset(buckets=keras_mp.Buckets(lambda index: int(lock.locked()), _BOUNDARIES), workers=2)
+    file = Path(__file__).open()
+    with file, pytest.raises(keras_mp.KerasMPError, match="cannot be sent to worker processes"):
+        dataset(buckets=keras_mp.Buckets(lambda index: file.fileno(), _BOUNDARIES), workers=2)
 
 
 # -- shards, states, failures ----------------------------------------------------------------------------------------
