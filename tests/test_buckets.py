@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import os
+import socket
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -251,9 +252,11 @@ def test_a_function_that_fails(
 
 
 def test_a_function_that_cannot_travel() -> None:
-    file = Path(__file__).open()
-    with file, pytest.raises(keras_mp.KerasMPError, match="cannot be sent to worker processes"):
-        dataset(buckets=keras_mp.Buckets(lambda index: file.fileno(), _BOUNDARIES), workers=2)
+    with (
+        socket.socket() as connection,
+        pytest.raises(keras_mp.KerasMPError, match="cannot be sent to worker processes"),
+    ):
+        dataset(buckets=keras_mp.Buckets(lambda index: connection.fileno(), _BOUNDARIES), workers=2)
 
 
 # -- shards, states, failures ----------------------------------------------------------------------------------------
