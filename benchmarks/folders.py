@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.work import Array, Samples, spin
-from keras_mp.loading.images import IMAGE_FORMATS, ImageReader
-from keras_mp.loading.reading import reading
+from keras_mp.loading.formats.files import Read
+from keras_mp.loading.formats.images import IMAGE_FORMATS, ImageReader
 from keras_mp.plan.listing import list_directory
 
 _BATCH_SIZE = 32
@@ -36,10 +36,11 @@ def augment(image: Array) -> Array:
 
 @dataclass
 class _Augmented:
+    read: Read
     function: Callable[[Array], Array]
 
-    def __call__(self, sample: Any) -> Any:
-        image, label = sample
+    def __call__(self, item: Any) -> Any:
+        image, label = self.read(item)
         return self.function(image), label
 
 
@@ -54,9 +55,8 @@ def photographs(batches: int, function: Callable[[Array], Array] | None = None) 
             _write(unfinished, count)
             unfinished.rename(folder)
     source: Any = list_directory(folder, "inferred", "int", None, IMAGE_FORMATS, False, None, False)
-    reader = ImageReader(256, 256, "RGB", "bilinear", "stretch", False)
-    transform = None if function is None else _Augmented(function)
-    return Folder(source, reading(reader, transform), _BATCH_SIZE, str(folder), function)
+    read = Read(ImageReader(256, 256, "RGB", "bilinear", "stretch", False))
+    return Folder(source, read if function is None else _Augmented(read, function), _BATCH_SIZE, str(folder), function)
 
 
 def _write(folder: Path, count: int) -> None:

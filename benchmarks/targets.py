@@ -64,4 +64,7 @@ TARGETS: list[Target] = [
     *(Target("train", loader, 0.03, key="wait_share") for loader in _BOTH),
     # Flat: a batch costs the parent no more than 1.5 times as much with 128 workers as with 8.
     *(Target("scale-128", loader, 0.67, ("scale-8", loader), "cpu_us") for loader in _BOTH),
+    *(Target("python", loader, 0.85, ("python", "ours-fit")) for loader in ("ours-dask", "ours-ray")),
+    Target("big", "ours-dask", 0.25, ("big", "ours-fit")),
+    *(Target("placed", loader, 10, unit=" s") for loader in ("ours-dask", "ours-ray")),
 ]

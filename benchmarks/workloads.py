@@ -81,6 +81,18 @@ def _memory_source(batches: int) -> Samples:
     return Samples(source, _centre, 32)
 
 
+def _first_values(row: Array) -> Array:
+    values: Array = row[:100]
+    return values
+
+
+def _placed_source(batches: int) -> Samples:
+    # 8 samples of 800 kB make a batch of 6.4 MB; 25 batches make 160 MB.
+    source = np.empty((batches * 8, 200_000), np.float32)
+    source[:] = (np.arange(len(source), dtype=np.float32) // 8 % 128)[:, None]
+    return Samples(source, _first_values, 8)
+
+
 def _satellite(batches: int) -> Samples:
     from benchmarks.satellite import tiles
 
@@ -178,6 +190,14 @@ _ALL = (
         ("in-process", "keras-threads", "keras-pool", "tf-map", "torch", "ours-fit", "ours-export"),
         WAIT,
         step_share=1.2,
+    ),
+    Workload(
+        "placed",
+        "160 MB source in memory, 25 batches",
+        _placed_source,
+        (25, 25),
+        (1, 1),
+        ("ours-fit",),
     ),
     *(_scale(workers) for workers in (8, 32, 128)),
 )

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from keras_mp.errors import *  # noqa: F403  # it says itself what is public
     from keras_mp.loading.collate import empty as empty
     from keras_mp.loading.pad import pad as pad
+    from keras_mp.loading.per_worker import PerWorker as PerWorker
     from keras_mp.monitor import PipelineMonitor as PipelineMonitor
     from keras_mp.plan.buckets import Buckets as Buckets
     from keras_mp.plan.orders import balanced as balanced
@@ -46,6 +47,7 @@ _MODULES = {
     "engines.processes": ["WorkerPool"],
     "loading.collate": ["empty"],
     "loading.pad": ["pad"],
+    "loading.per_worker": ["PerWorker"],
     "monitor": ["PipelineMonitor"],
     "report.report": ["Report"],
     "plot": ["plot_timeline"],

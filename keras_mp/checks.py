@@ -30,17 +30,47 @@ def check_source(source: Any, name: str = "source") -> int:
             f"{name} must give a row for [i], but a {type(source).__name__} gives columns; pass "
             f"{name}.to_dict('records') or {name}.to_records()"
         )
+    if isinstance(source, tuple) and _is_of_columns(source):
+        raise TypeError(
+            f"{name} must be a sequence of samples, got {short_repr(source, 120)}, which are {len(source)} arrays and "
+            f"not their rows; pass keras_mp.zip({', '.join(['X', 'y', 'sample_weight'][: len(source)])}), or, if each "
+            f"array is one sample, list({name})"
+        )
     if not hasattr(source, "__getitem__"):
         raise TypeError(
             f"{name} must have len() and [i], got {short_repr(source, 80)}; pass list({name}) if it is iterable"
         )
     try:
-        length = len(source)
+        length = length_of(source)
     except TypeError as error:
         raise TypeError(f"{name} must have len() and [i], got {short_repr(source, 80)}: {error}") from None
     if length == 0:
         raise ValueError(f"{name} is empty, got {short_repr(source, 80)}; a dataset needs at least one sample")
     return length
+
+
+def length_of(source: Any) -> int:
+    """How many samples a source has: its `len()`, or `shape[0]` of one that has none (SciPy's csr, Zarr 3).
+
+    Raises:
+        TypeError: it has neither.
+    """
+    try:
+        return len(source)
+    except TypeError:
+        shape = getattr(source, "shape", None)
+        if isinstance(shape, tuple) and shape and isinstance(shape[0], int):
+            return shape[0]
+        raise
+
+
+def _is_of_columns(source: tuple[Any, ...]) -> bool:
+    """Whether a tuple looks like `(X, y)`: two or three things with rows, one of them an array at least."""
+    if len(source) not in (2, 3) or any(isinstance(part, str | bytes) for part in source):
+        return False
+    shapes = [getattr(part, "shape", None) for part in source]
+    have_rows = [bool(shape) or isinstance(part, list) for part, shape in zip(source, shapes, strict=True)]
+    return any(shapes) and all(have_rows)
 
 
 def check_count(value: Any, name: str, least: int = 1) -> int:

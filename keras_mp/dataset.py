@@ -16,6 +16,7 @@ from keras_mp.errors import short_repr
 from keras_mp.loaded import LoadedDataset
 from keras_mp.loading.batch_loader import BatchLoader
 from keras_mp.loading.cache import SampleCache
+from keras_mp.loading.flows import FlowBatches, is_flow
 from keras_mp.loading.loader import OnError, SampleLoader
 from keras_mp.loading.randomness import takes_rng
 from keras_mp.memory.pickling import dump_user_object
@@ -29,9 +30,9 @@ class PoolDataset(LoadedDataset):
     """Samples and a function, loaded, preprocessed and batched by worker processes: a dataset for `model.fit`.
 
     Args:
-        source: the samples: anything with `len()` and `[i]`: a list of paths, an array, a memmap, rows, a Hugging Face
-            or torch dataset. Large arrays in it are shared with the workers, not copied to each; memmaps are opened
-            again.
+        source: the samples: anything with `len()` (or `shape`) and `[i]`: a list of paths, an array, a memmap, rows, a
+            Hugging Face or torch dataset; a `keras_mp.PerWorker` of what cannot be sent to workers. Large arrays in it
+            are shared with the workers, not copied to each; memmaps are opened again.
         transform: sample -> x, (x, y), (x, y, sample_weight), or any nest of arrays and scalars. Runs in a worker. A
             parameter named `rng` gets a `numpy.random.Generator` that depends on (seed, epoch, sample) only. It may
             write into a sample from an array or a list, which is a copy (what stands on a memmap is read-only). None:
@@ -63,7 +64,8 @@ class PoolDataset(LoadedDataset):
             run again, once; then it is an error, or (see `on_error`) the sample is that took more than a quarter of
             the time. Threads and executors cannot be ended, so they have no such limit.
         pool: None: worker processes shared by all datasets with this number of them. A `WorkerPool`, or any
-            `concurrent.futures.Executor`. "keras": Keras's own process pool runs `dataset[i]`.
+            `concurrent.futures.Executor`. A `dask.distributed.Client`, or "ray": a cluster, see docs/cluster.md.
+            "keras": Keras's own process pool runs `dataset[i]`.
         order: callable (epoch, rng) -> sample indices, for weighted or curriculum sampling, in place of `shuffle`. May
             be longer or shorter than the source, but of the same length in every epoch. A sample that comes again in an
             epoch gets other random numbers. `keras_mp.balanced` and `keras_mp.weighted` make such orders.
@@ -310,7 +312,8 @@ def parallelize(
         TypeError, ValueError: an argument is of the wrong kind or out of range.
     """
     length = _count_batches(py_dataset)
-    loader = BatchLoader(py_dataset, checks.check_seed(seed), checks.check_count(retries, "retries", 0))
+    batches = FlowBatches(py_dataset) if is_flow(py_dataset) else py_dataset
+    loader = BatchLoader(batches, checks.check_seed(seed), checks.check_count(retries, "retries", 0))
     return _ParallelDataset(
         py_dataset,
         loader,

@@ -15,12 +15,12 @@ import keras
 from keras_mp.checks import check_callable, check_choice, check_count
 from keras_mp.dataset import PoolDataset
 from keras_mp.errors import short_repr
-from keras_mp.loading.audio import AUDIO_FORMATS, AudioReader
-from keras_mp.loading.images import IMAGE_FORMATS, MODES, Aspect, ImageReader, check_pillow
+from keras_mp.loading.formats.audio import AUDIO_FORMATS, AudioReader
+from keras_mp.loading.formats.files import Read, Reader, only_sample
+from keras_mp.loading.formats.images import IMAGE_FORMATS, MODES, Aspect, ImageReader, check_pillow
+from keras_mp.loading.formats.resizing import INTERPOLATIONS
+from keras_mp.loading.formats.texts import TEXT_FORMATS, TextReader
 from keras_mp.loading.pad import pad
-from keras_mp.loading.reading import Reader, only_sample, reading
-from keras_mp.loading.resizing import INTERPOLATIONS
-from keras_mp.loading.texts import TEXT_FORMATS, TextReader
 from keras_mp.plan.listing import Listing, check_split, list_directory, split_listing
 from keras_mp.plan.series import time_series
 
@@ -33,8 +33,8 @@ class DirectoryDataset(PoolDataset):
         file_paths: the files, by sample number.
     """
 
-    def __init__(self, listing: Listing, transform: Callable[..., Any], **options: Any) -> None:
-        super().__init__(listing, transform, **options)
+    def __init__(self, listing: Listing, **options: Any) -> None:
+        super().__init__(listing, **options)
         self.class_names = listing.class_names
         self.file_paths = listing.paths
 
@@ -95,7 +95,7 @@ def image_dataset_from_directory(
         transform: (image, label), or image where there are no labels -> sample; runs in a worker, and takes `rng` as
             that of `PoolDataset` does.
         **options: the other arguments of `PoolDataset`: `workers`, `on_error`, `order` (in place of the shuffle of each
-            epoch), ...
+            epoch), `cache` (keeps the decoded images), ... but for `load`, which is what reads a file.
 
     Returns:
         A `PoolDataset` of batches (images, labels), or of images; images are float32 from 0 to 255, of shape (batch,
@@ -288,6 +288,8 @@ def _datasets(
     options: dict[str, Any],
 ) -> Datasets:
     """The files that the arguments choose, as one dataset or two."""
+    if "load" in options:
+        raise TypeError("load= is what reads the files here; pass your function as transform=")
     check_callable(transform, "transform")
     check_split(validation_split, subset, shuffle, seed)
     shuffles = _options(batch_size, shuffle, options)
@@ -299,10 +301,9 @@ def _datasets(
         sys.stdout.write(f"Found {len(listing)} files{classes}.\n")
         for name, part in zip(("training", "validation") if subset == "both" else (subset,), parts, strict=True):
             sys.stdout.write(f"Using {len(part)} files for {name}.\n" if name else "")
-    # What `reader` makes of a file never changes: where a cache is to be kept, it stands between the two.
-    read = reading(reader, transform)
-    first = DirectoryDataset(parts[0], read, seed=seed, **shuffles)
-    return first if len(parts) == 1 else (first, DirectoryDataset(parts[1], read, seed=seed, **keeps_order))
+    both = {"transform": transform, "load": Read(reader), "seed": seed}
+    first = DirectoryDataset(parts[0], **both, **shuffles)
+    return first if len(parts) == 1 else (first, DirectoryDataset(parts[1], **both, **keeps_order))
 
 
 def _options(batch_size: int | None, shuffle: bool, options: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from keras_mp import checks
+from keras_mp.auto_shard import checked_place
 from keras_mp.bridge import Bridge
 from keras_mp.errors import SampleFailure, short_repr
 from keras_mp.loading.batch_loader import BatchLoader
@@ -51,23 +52,23 @@ class LoadedDataset(Bridge):
 
     # -- going on elsewhere --------------------------------------------------------------------------------------
 
-    def shard(self, num_shards: int, index: int) -> Self:
+    def shard(self, num_shards: int | None = None, index: int | None = None) -> Self:
         """This process's part of the dataset, for data-parallel training.
 
         Shards are disjoint, cover every epoch, and have the same number of batches; see `batching` for which samples go
         where. `batch_size` is the size on each shard.
 
         Args:
-            num_shards: number of parts.
+            num_shards: number of parts. None, together with `index`: as many as there are processes that train
+                together, as Keras's distribution, `TF_CONFIG`, JAX or `torch.distributed` say.
             index: which one, from 0.
 
         Raises:
-            ValueError: the index is out of range, or the samples cannot be divided into so many parts.
+            TypeError: one of them is missing.
+            ValueError: the index is out of range, the samples cannot be divided into so many parts, or, without
+                arguments, nothing says which process this is.
         """
-        num_shards = checks.check_count(num_shards, "num_shards")
-        index = checks.check_count(index, "index", 0)
-        if index >= num_shards:
-            raise ValueError(f"index must be below num_shards={num_shards}, got {index}")
+        num_shards, index = checked_place(num_shards, index)
         self._refuse_endless("shard()")
         return self._part(self._plan.for_shard(num_shards, index))
 
@@ -220,10 +221,8 @@ class LoadedDataset(Bridge):
     def looks(self) -> list[Any]:
         """Batches of the current epoch, for a look at their structure: they differ in the axes in which others will."""
         with self._lock:
-            keys = [
-                self._position.look(number)
-                for number in range(min(2, self._position.start.left(self._plan.num_batches)))
-            ]
+            count = min(2, self._position.start.left(self._plan.num_batches))
+            keys = [self._position.look(number) for number in range(count)]
             wanted = requests_of(self._loader, list(self._requests(iter(keys))))
             engine = self._running().engine
             first, *more = engine.submit(wanted)
@@ -234,12 +233,6 @@ class LoadedDataset(Bridge):
     def batch_axis(self) -> int | None:
         """Samples in every batch, or None if that varies."""
         raise NotImplementedError
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     # -- numbers and ends ----------------------------------------------------------------------------------------
 

@@ -47,20 +47,21 @@ def take_census(known: Census | None = None) -> Census:
     return found
 
 
-def leftovers(before: Census) -> list[str]:
-    """Descriptions of what is there now and was not in `before`."""
-    return [text for identity, text in take_census(before).items() if identity not in before]
+def leftovers(before: Census, ours_only: bool = False) -> list[str]:
+    """Descriptions of what is there now and was not in `before`; `ours_only`: of what bears the name of keras_mp."""
+    left = [text for identity, text in take_census(before).items() if identity not in before]
+    return [text for text in left if not ours_only or "keras_mp" in text]
 
 
-def wait_until_nothing_is_left(before: Census, deadline_s: float = _DEADLINE_S) -> list[str]:
+def wait_until_nothing_is_left(before: Census, deadline_s: float = _DEADLINE_S, ours_only: bool = False) -> list[str]:
     """Waits until nothing new is left, since pools shut down on a thread of their own; returns what stayed."""
-    left = leftovers(before)
+    left = leftovers(before, ours_only)
     if not left:
         return left
 
     def clean() -> bool:
         gc.collect()  # slow with TensorFlow loaded, so only where something is left
-        left[:] = leftovers(before)
+        left[:] = leftovers(before, ours_only)
         return not left
 
     eventually(clean, deadline_s)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import concurrent.futures
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+import scipy.sparse
 
 import keras_mp
 from tests.support import assert_refused
@@ -46,6 +46,12 @@ _CASES: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
     "source 0-d": (_from(np.array(3.0)), TypeError, ["source must have len()", "array(3.)"]),
     "source empty": (_from([]), ValueError, ["source is empty, got []", "at least one sample"]),
     "source frame": (_from(_Frame([1])), TypeError, ["source must give a row", "_Frame", "to_dict('records')"]),
+    "source columns": (
+        _from((np.ones((8, 2)), np.ones(8))),
+        TypeError,
+        ["source must be a sequence of samples", "2 arrays", "keras_mp.zip(X, y)", "list(source)"],
+    ),
+    "source columns and weights": (_from((np.ones(8), [1] * 8, [2] * 8)), TypeError, ["zip(X, y, sample_weight)"]),
     # functions
     "transform": (_made(transform=3), TypeError, ["transform must be callable or None, got 3"]),
     "collate": (_made(collate="pad"), TypeError, ["collate must be callable or None, got 'pad'"]),
@@ -57,9 +63,9 @@ _CASES: dict[str, tuple[Callable[[], Any], type[Exception], list[str]]] = {
         ["order=", "shuffle=True", "leave one of them out"],
     ),
     "unpicklable transform": (
-        lambda: keras_mp.PoolDataset(_DATA, lambda x, lock=threading.Lock(): x),  # noqa: B008
+        lambda: keras_mp.PoolDataset(_DATA, lambda x, rows=(row for row in _DATA): x),
         keras_mp.KerasMPError,
-        ["transform cannot be sent to worker processes", "lock", "workers=0"],
+        ["transform cannot be sent to worker processes", "generator", "PerWorker", "workers=0"],
     ),
     # numbers
     "batch_size 0": (_made(batch_size=0), ValueError, ["batch_size must be at least 1, got 0"]),
@@ -197,3 +203,14 @@ def test_an_executor_is_a_pool() -> None:
     with concurrent.futures.ThreadPoolExecutor(1) as threads, keras_mp.PoolDataset(_DATA, pool=threads) as dataset:
         assert dataset[0].shape == (10,)
         assert "ThreadPoolExecutor" in repr(dataset)
+
+
+def test_a_sparse_matrix_has_as_many_samples_as_rows() -> None:
+    sparse = scipy.sparse.csr_matrix(np.diag([1.0, 2.0, 3.0, 4.0]))
+    with keras_mp.PoolDataset(sparse, lambda row: row.toarray()[0], batch_size=2, workers=1) as dataset:
+        np.testing.assert_array_equal(np.concatenate(list(dataset)), sparse.toarray())
+
+
+def test_a_tuple_of_arrays_of_which_each_is_a_sample_is_taken_as_a_list() -> None:
+    with keras_mp.PoolDataset([np.ones(3), np.zeros(3)], batch_size=2, workers=0) as dataset:
+        assert dataset[0].tolist() == [[1, 1, 1], [0, 0, 0]]

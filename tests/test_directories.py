@@ -112,6 +112,26 @@ def test_the_same_batches_wherever_they_are_loaded(photos: Path, running_pool: k
     assert (weights == 2).all()
 
 
+def test_a_cache_keeps_what_was_decoded_and_changes_nothing(
+    photos: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("cache")
+    options: dict[str, Any] = {"image_size": 16, "seed": 7, "transform": _flip, "on_error": "skip", "verbose": False}
+    epochs = []
+    for cache in (None, "ram", folder, folder):
+        with (
+            pytest.warns(RuntimeWarning, match="2 of 12"),
+            keras_mp.image_dataset_from_directory(photos, batch_size=5, workers=1, cache=cache, **options) as dataset,
+        ):
+            epochs.append([*dataset, *dataset])
+            hits = dataset.stats().cache_hits
+            assert hits == {0: 0, 1: 10, 2: 10, 3: 20}[len(epochs) - 1]  # two of the twelve cannot be decoded
+    for epoch in epochs[1:]:
+        for batch, other in zip(epoch, epochs[0], strict=True):
+            for leaf, expected in zip(batch, other, strict=True):
+                np.testing.assert_array_equal(leaf, expected)
+
+
 def test_options_of_the_pool_dataset_go_through(photos: Path) -> None:
     dataset = keras_mp.image_dataset_from_directory(
         photos,
@@ -360,6 +380,7 @@ _BAD: dict[str, Case] = {
     "format": (_texts, {"format": "torch"}, ValueError, "format must be one of 'tf', 'grain', got 'torch'"),
     "max_length": (_texts, {"max_length": -1}, ValueError, "max_length must be at least 0, got -1"),
     "transform": (_texts, {"transform": "x"}, TypeError, "transform must be callable or None, got 'x'"),
+    "load": (_texts, {"load": len}, TypeError, "load= is what reads the files here; pass your function as transform="),
     "option": (_texts, {"on_error": "ignore"}, ValueError, "on_error must be one of"),
     "no such option": (_texts, {"wokers": 2}, TypeError, "unexpected keyword argument 'wokers'"),
     "color_mode": (_images, {"color_mode": "bgr"}, ValueError, "color_mode must be one of 'grayscale', .* got 'bgr'"),

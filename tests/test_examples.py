@@ -69,6 +69,11 @@ def test_a_truncated_jpeg_is_left_out_and_named() -> None:
     assert left_out == [truncated[1]]
     accuracies = [float(number) for number in re.findall(r"val_accuracy: ([\d.]+)", output)]
     assert max(accuracies) > 0.8  # the larger class is about half
+    decoded = re.search(r"^decoded (\d+) times for (\d+) samples$", output, re.MULTILINE)
+    assert decoded is not None
+    # Four epochs of 180, and maybe some of a fifth; nothing of a truncated file can be kept.
+    assert 180 <= int(decoded[1]) < 200
+    assert int(decoded[2]) >= 4 * 180
 
 
 def test_text_in_buckets_is_padded_and_compiled_less() -> None:

@@ -125,3 +125,94 @@ def test_two_processes_on_shards_train_to_the_weights_of_one_on_the_whole() -> N
     both = [run("worker", TF_CONFIG=text) for text in config]
     for process in both:
         np.testing.assert_allclose(weights(process)["weights"], alone["weights"], atol=1e-6)
+
+
+# -- finding one's place ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_two_processes_find_their_places_and_train_on_each_sample_once_an_epoch(backend: str) -> None:  # P1
+    pytest.importorskip(backend)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, _SCRIPT.with_name("places.py"), backend, str(rank), port],
+            env={**os.environ, "PYTHONPATH": python_path()},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        found = [weights(process) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert [f"shard={rank} of 2" in each["shard"] for rank, each in enumerate(found)] == [True, True]
+    assert found[0]["steps"] == found[1]["steps"] == 3
+    assert found[0]["trained"] == found[1]["trained"]
+    for epoch, steps in enumerate(found[0]["trained"]):
+        assert len(steps) == 3
+        assert sorted(sample for step in steps for sample in step) == list(range(22))
+        assert sorted(found[0]["own"][epoch] + found[1]["own"][epoch]) == list(range(22))
+
+
+def _config(**task: Any) -> str:
+    cluster = {"chief": ["a:1"], "worker": ["b:1", "c:1"], "ps": ["d:1"], "evaluator": ["e:1"]}
+    return json.dumps({"cluster": cluster, "task": task})
+
+
+@pytest.fixture
+def whole(monkeypatch: pytest.MonkeyPatch) -> keras_mp.PoolDataset:
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    return keras_mp.PoolDataset(range(12), batch_size=2, workers=0)
+
+
+@pytest.mark.parametrize(
+    ("task", "shard"), [({"type": "chief", "index": 0}, 0), ({"type": "worker", "index": 0}, 1)], ids=str
+)
+def test_tf_config_says_which_worker_this_is(
+    whole: keras_mp.PoolDataset, monkeypatch: pytest.MonkeyPatch, task: dict[str, Any], shard: int
+) -> None:
+    monkeypatch.setenv("TF_CONFIG", _config(**task))
+    assert f"shard={shard} of 3" in repr(whole.shard())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        json.dumps({"cluster": {"worker": ["a:1"]}}),
+        json.dumps({"cluster": ["a:1"], "task": {"type": "worker", "index": 0}}),
+        _config(type="ps", index=0),
+        _config(type="evaluator", index=0),
+        _config(type="worker", index=2),
+        _config(type="worker", index=-1),
+        _config(type="worker", index="first"),
+    ],
+)
+def test_a_tf_config_that_names_no_worker_is_refused(
+    whole: keras_mp.PoolDataset, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setenv("TF_CONFIG", text)
+    with pytest.raises(ValueError, match=r"TF_CONFIG=.*does not say which worker this is.*shard\(num_shards, index\)"):
+        whole.shard()
+
+
+def test_a_process_that_trains_alone_is_told_what_was_looked_for(whole: keras_mp.PoolDataset) -> None:
+    looked_for = r"keras\.distribution.*TF_CONFIG.*jax\.process_index.*torch\.distributed.*shard\(num_shards, index\)"
+    with pytest.raises(ValueError, match=looked_for):
+        whole.shard()
+
+
+@pytest.mark.parametrize("arguments", [{"num_shards": 2}, {"index": 0}])
+def test_half_a_place_is_refused(whole: keras_mp.PoolDataset, arguments: dict[str, int]) -> None:
+    with pytest.raises(TypeError, match="needs both num_shards and index, or none of them"):
+        whole.shard(**arguments)

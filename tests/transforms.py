@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,3 +82,85 @@ class Augmented:
 def permuted(batch: Any, rng: np.random.Generator) -> Any:
     """Permutes the batch's rows and adds global noise: randomness of the batch as a whole."""
     return batch[rng.permutation(len(batch))] + np.array([0, 0, random.random(), np.random.rand()])
+
+
+class Counted:
+    """A source that notes in a file of the process's own each time that it is unpickled."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        self.folder = folder
+        self.data = np.arange(size, dtype=np.float64)
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> Any:
+        return np.full(4, self.data[index])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        with open(self.folder / str(os.getpid()), "a") as file:
+            file.write("x")
+
+
+class Deadly:
+    """Kills its process on one sample, every time."""
+
+    def __call__(self, sample: int) -> int:
+        if sample == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return sample
+
+
+class Hangs:
+    """Hangs on one sample, after it has said so."""
+
+    def __init__(self, reached: Path) -> None:
+        self.reached = reached
+
+    def __call__(self, sample: int) -> int:
+        if sample == 4:
+            self.reached.touch()
+            threading.Event().wait(600)
+        return sample
+
+
+class KillsOnce:
+    """Draws from `rng` alone; once, on one sample, it kills its process."""
+
+    def __init__(self, flag: Path) -> None:
+        self.flag = flag
+
+    def __call__(self, sample: int, rng: np.random.Generator) -> Any:
+        if sample == 17 and not self.flag.exists():
+            self.flag.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return np.array([sample, rng.random()])
+
+
+class Marked:
+    """Notes in a folder that a sample has been begun; any but the first then waits for the gate, a file, if any."""
+
+    def __init__(self, folder: Path, gate: Path | None = None) -> None:
+        self.folder = folder
+        self.gate = gate
+
+    def __call__(self, sample: int) -> int:
+        (self.folder / str(sample)).touch()
+        while sample and self.gate is not None and not self.gate.exists():
+            threading.Event().wait(0.02)
+        return sample
+
+
+class Kills:
+    """Kills processes on one sample, then hangs."""
+
+    def __init__(self, pids: list[int]) -> None:
+        self.pids = pids
+
+    def __call__(self, sample: int) -> Any:
+        if sample == 9:
+            for pid in self.pids:
+                os.kill(pid, signal.SIGKILL)
+            threading.Event().wait(600)
+        return np.float32(sample)

@@ -57,6 +57,8 @@ _ALL = (
     Loader("hf", "Hugging Face to_tf_dataset", "loop", "hf:to_tf_dataset"),
     Loader("ours-fit", "keras_mp, fit(dataset)", "fit", "ours:dataset"),
     Loader("ours-export", "keras_mp, to_tf_dataset()", "loop", "ours:export"),
+    Loader("ours-dask", "keras_mp over Dask, fit(dataset)", "fit", "ours:over_dask", extra=True),
+    Loader("ours-ray", "keras_mp over Ray, fit(dataset)", "fit", "ours:over_ray", extra=True),
     Loader("ours-iter", "keras_mp, iter(dataset)", "loop", "ours:dataset", extra=True),
 )
 

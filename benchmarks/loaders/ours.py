@@ -17,8 +17,8 @@ def _augmented(augment: Any, sample: Any) -> Any:
     return augment(image), label
 
 
-def _dataset(work: Work, workers: int) -> Any:
-    options: dict[str, Any] = {"workers": workers, "max_queue_size": max(10, 2 * workers)}
+def _dataset(work: Work, workers: int, pool: Any = None) -> Any:
+    options: dict[str, Any] = {"workers": workers, "max_queue_size": max(10, 2 * workers), "pool": pool}
     if isinstance(work, Folder):
         transform = None if work.augment is None else functools.partial(_augmented, work.augment)
         return keras_mp.image_dataset_from_directory(
@@ -33,6 +33,30 @@ def _dataset(work: Work, workers: int) -> Any:
 
 def dataset(work: Work, workers: int, epochs: int) -> Feed:
     data = _dataset(work, workers)
+    return Feed(data, close=data.close)
+
+
+def over_dask(work: Work, workers: int, epochs: int) -> Feed:
+    """Over a cluster of as many processes on this machine, which talk through TCP on loopback."""
+    from distributed import Client, LocalCluster
+
+    cluster = LocalCluster(
+        n_workers=workers, threads_per_worker=1, processes=True, protocol="tcp", dashboard_address=":0"
+    )
+    client = Client(cluster)
+    data = _dataset(work, workers, client)
+
+    def close() -> None:
+        data.close()
+        client.close()
+        cluster.close()
+
+    return Feed(data, close=close)
+
+
+def over_ray(work: Work, workers: int, epochs: int) -> Feed:
+    """Over a Ray that is started on this machine, with as many CPUs."""
+    data = _dataset(work, workers, "ray")
     return Feed(data, close=data.close)
 
 

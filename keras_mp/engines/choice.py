@@ -9,7 +9,10 @@ import weakref
 from typing import Any, Literal
 
 from keras_mp.checks import available_memory, check_count_or_none, check_timeout, check_workers
+from keras_mp.engines import ray
+from keras_mp.engines.backend import Backend, ExecutorBackend
 from keras_mp.engines.base import Engine
+from keras_mp.engines.dask import DaskBackend, client_of
 from keras_mp.engines.executor import ExecutorEngine
 from keras_mp.engines.inline import InlineEngine
 from keras_mp.engines.processes import WorkerPool, shared_pool
@@ -22,7 +25,8 @@ from keras_mp.plan.views import replace_arrays
 
 _LEAST_IN_FLIGHT = 10
 
-Pool = WorkerPool | concurrent.futures.Executor | Literal["keras"] | None
+# A Dask client too, whose type is known only where Dask is installed.
+Pool = WorkerPool | concurrent.futures.Executor | Literal["keras", "ray"] | Any | None
 
 
 @dataclasses.dataclass
@@ -86,12 +90,14 @@ class EngineChoice:
         Raises:
             TypeError, ValueError: one is of the wrong kind or out of range, or two contradict each other.
         """
-        is_pool = isinstance(pool, WorkerPool | concurrent.futures.Executor)
-        if not (pool is None or is_pool or (isinstance(pool, str) and pool == "keras")):
+        is_pool = isinstance(pool, WorkerPool | concurrent.futures.Executor) or client_of(pool) is not None
+        if not (pool is None or is_pool or (isinstance(pool, str) and pool in ("keras", "ray"))):
             raise TypeError(
-                "pool must be None, 'keras', a keras_mp.WorkerPool or a concurrent.futures.Executor, got "
-                f"{short_repr(pool, 80)}"
+                "pool must be None, 'keras', 'ray', a keras_mp.WorkerPool, a dask.distributed.Client or a "
+                f"concurrent.futures.Executor, got {short_repr(pool, 80)}"
             )
+        if isinstance(pool, str) and pool == "ray":
+            ray.check_installed()
         if isinstance(pool, WorkerPool):
             if workers not in (None, pool.workers) or not use_multiprocessing:
                 raise ValueError(
@@ -123,7 +129,7 @@ class EngineChoice:
     @property
     def by_keras(self) -> bool:
         """Whether Keras's own pool asks for the batches, each in the process that it is asked in."""
-        return isinstance(self.pool, str)
+        return isinstance(self.pool, str) and self.pool == "keras"
 
     @property
     def is_inline(self) -> bool:
@@ -149,8 +155,7 @@ class EngineChoice:
     @property
     def shares_memory(self) -> bool:
         """Whether all that load a dataset can share memory of this process."""
-        is_of_processes = isinstance(self.pool, concurrent.futures.ProcessPoolExecutor)
-        return not (self.by_keras or is_of_processes)
+        return self.pool is None or isinstance(self.pool, WorkerPool | concurrent.futures.ThreadPoolExecutor)
 
     def without_pool(self) -> EngineChoice:
         """The same for a copy in another process, where the pool cannot be."""
@@ -174,8 +179,8 @@ class EngineChoice:
             raise
 
     def _start(self, loader: Loader, recorder: Recorder | None) -> Running:
-        if isinstance(self.pool, concurrent.futures.Executor):
-            return Running(ExecutorEngine(self.pool, loader), loader)
+        if (backend := self._backend()) is not None:
+            return Running(ExecutorEngine(backend, loader), loader)
         if self.is_inline:
             return Running(InlineEngine(loader), loader)
         if self.pool is None and not self.use_multiprocessing:
@@ -192,9 +197,17 @@ class EngineChoice:
             engine.update(loader)
         return Running(engine, loader, pool)
 
-    def __str__(self) -> str:
+    def _backend(self) -> Backend | None:
+        """The executor or cluster, if it is one that was given."""
+        if client_of(self.pool) is not None:
+            return DaskBackend(self.pool)
         if isinstance(self.pool, concurrent.futures.Executor):
-            return f"pool={type(self.pool).__name__}"
+            return ExecutorBackend(self.pool)
+        return ray.RayBackend(self.workers) if isinstance(self.pool, str) and self.pool == "ray" else None
+
+    def __str__(self) -> str:
+        if not (self.pool is None or self.by_keras or isinstance(self.pool, WorkerPool)):
+            return f"pool={self.pool if isinstance(self.pool, str) else type(self.pool).__name__}"
         if self.by_keras:
             kind = "(Keras's pool)"
         else:

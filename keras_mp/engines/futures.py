@@ -6,6 +6,7 @@ Every future ends: with a batch, an error, by `cancel`, or by `close` (P3).
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from typing import Any
@@ -16,11 +17,24 @@ from keras_mp.plan.request import Request
 
 
 class Job(Future[Any]):
-    """A request and its outcome to be. Of several outcomes the first counts."""
+    """A request and its outcome to be. Of several outcomes the first counts.
+
+    Attributes:
+        request: what is to be loaded.
+        load: what it is loaded with, where the engine wants to know that later.
+        position: of the sample that it is at, in the request; -1: at none yet.
+        since: when it came to that, in seconds of `time.monotonic`.
+    """
 
     def __init__(self, request: Request) -> None:
         super().__init__()
         self.request = request
+        self.load: Any = None
+        self.position, self.since = -1, 0.0
+
+    def report(self, position: int) -> None:
+        """It has come to the sample at `position`."""
+        self.position, self.since = position, time.monotonic()
 
     @property
     def name(self) -> str:
@@ -69,6 +83,10 @@ class FuturesEngine:
         if self._closed:
             raise PoolClosed("the dataset has been closed; make a new one")
 
+    def wait(self, job: Job) -> Any:
+        """Waits for the job's outcome, which is returned or raised."""
+        return job.result()
+
     def submit(self, requests: Sequence[Request]) -> list[Job]:
         jobs = [Job(request) for request in requests]
         self._jobs.update(jobs)
@@ -84,7 +102,7 @@ class FuturesEngine:
         try:
             if not handle.done():
                 self.check_open()
-            result = handle.result()
+            result = self.wait(handle)
             if (nbytes := getattr(result, "nbytes", None)) is not None:
                 self.batch_bytes = nbytes
             return result

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from keras_mp.errors import PoolClosed
-from keras_mp.loading.base import Loaded, Loader
+from keras_mp.loading.base import Loaded, Loader, ignore_position
 from keras_mp.loading.in_process import load_timed, owned
 from keras_mp.loading.randomness import Generators, Key, Seeder
 from keras_mp.plan.request import Request
@@ -89,6 +89,11 @@ class ThreadIsolation:
     def must_be_waited_for(self) -> bool:
         """Whether batches of others wait for one of these."""
         return self._abandoned_at is None or time.monotonic() - self._abandoned_at <= _ABANDONED_GRACE_S
+
+    @property
+    def is_exclusive(self) -> bool:
+        """Whether it is known that this code draws from the shared generators, or must run alone for another reason."""
+        return bool(self._exclusive)
 
     def check_wanted(self) -> None:
         """Raises PoolClosed if nobody wants these batches any more."""
@@ -164,15 +169,17 @@ class ThreadLoader:
         self._isolation = isolation or ThreadIsolation()
         self._copied_at: dict[int, tuple[int, int]] = {}  # by address of an array: (epoch, batch) it was last part of
 
-    def load(self, request: Request) -> Loaded:
+    def load(self, request: Request, report_position: Callable[[int], None] = ignore_position) -> Loaded:
         """Loads a batch, whose arrays nobody else holds."""
         if not self._loader.runs_user_code:
-            return self._load(request, None)
-        loaded: Loaded = self._isolation.run(lambda seed: self._load(request, seed), self._loader.generators)
+            return self._load(request, report_position, None)
+        loaded: Loaded = self._isolation.run(
+            lambda seed: self._load(request, report_position, seed), self._loader.generators
+        )
         return loaded
 
-    def _load(self, request: Request, seed: Seeder | None) -> Loaded:
-        loaded, copied = owned(load_timed(self._loader, request, seed), self._loader)
+    def _load(self, request: Request, report_position: Callable[[int], None], seed: Seeder | None) -> Loaded:
+        loaded, copied = owned(load_timed(self._loader, request, seed, report_position), self._loader)
         if len(self._copied_at) > _MAX_ADDRESSES:
             self._copied_at.clear()
         for address in copied:

@@ -6,6 +6,8 @@ end waits for it longer than a moment (P3).
 
 from __future__ import annotations
 
+import concurrent.futures
+import functools
 import os
 import queue
 import threading
@@ -17,8 +19,14 @@ from keras_mp.engines.futures import FuturesEngine, Job
 from keras_mp.engines.isolation import ThreadIsolation, ThreadLoader
 from keras_mp.errors import PoolClosed, warn_user
 from keras_mp.loading.base import Loader
+from keras_mp.loading.stalls import STALL_S, describe_stall, stack_of
 
 _JOIN_TIMEOUT_S = 2.0  # what the threads get to finish batches that nobody wants any more
+
+_REMEDY = (
+    "A thread cannot be ended; use_multiprocessing=True with timeout=seconds would have the worker replaced, and the "
+    "batch run again."
+)
 
 _Queue = queue.SimpleQueue[tuple[Job, ThreadLoader] | None]
 
@@ -35,6 +43,7 @@ class ThreadsEngine(FuturesEngine):
         super().__init__()
         self._process = os.getpid()
         self._running: dict[int, Job] = {}  # by thread
+        self._stall_is_told = False
         self._queue: _Queue = queue.SimpleQueue()
         self.update(loader)
         self._end_threads = weakref.finalize(self, _end_threads, self._isolation, self._queue, count)
@@ -48,6 +57,23 @@ class ThreadsEngine(FuturesEngine):
 
     def start(self, job: Job) -> None:
         self._queue.put((job, self._loader))
+
+    def result(self, handle: Job) -> Any:
+        while not handle.done() and not self._stall_is_told:
+            now = time.monotonic()
+            if handle.since and now - handle.since >= STALL_S:
+                self._tell_of_stall(handle, now)
+            else:
+                concurrent.futures.wait([handle], STALL_S - (now - handle.since if handle.since else 0.0))
+        return super().result(handle)
+
+    def _tell_of_stall(self, job: Job, now: float) -> None:
+        """Warns, once, that a batch has stood at a sample for a minute."""
+        self._stall_is_told = True
+        samples, position = job.request.samples, job.position
+        index = int(samples[position]) if 0 <= position < len(samples) else None
+        thread = next((thread for thread, each in list(self._running.items()) if each is job), 0)
+        warn_user(describe_stall(job.name, position, index, now - job.since, "a thread", _REMEDY, stack_of(thread)))
 
     def update(self, loader: Loader) -> None:
         self._loader = ThreadLoader(loader, self._isolation)
@@ -90,7 +116,7 @@ def _serve(jobs: _Queue, running: dict[int, Job]) -> None:
     while (item := jobs.get()) is not None:
         job, loader = item
         running[thread] = job
-        job.run(loader.load)
+        job.run(functools.partial(loader.load, report_position=job.report))
         del running[thread], item, job, loader  # a batch must not live on until the next one is requested
 
 

@@ -9,6 +9,7 @@ memory is not NumPy's own. Most batches are fresh, and are passed on as they are
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,10 +29,12 @@ def load_in_process(loader: Loader, request: Request) -> Loaded:
         return owned(load_timed(loader, request, loader.generators.seed), loader)[0]
 
 
-def load_timed(loader: Loader, request: Request, seed: Seeder | None) -> Loaded:
+def load_timed(
+    loader: Loader, request: Request, seed: Seeder | None, report_position: Callable[[int], None] = ignore_position
+) -> Loaded:
     """Loads a batch, and says what it took."""
     times = StageTimes(loader.slowest, request.traced)
-    loaded = loader.load(request, ignore_position, seed, times)
+    loaded = loader.load(request, report_position, seed, times)
     return loaded._replace(work=times.result(), nbytes=_nbytes(loaded.batch))
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from keras_mp.checks import length_of
 from keras_mp.errors import sample_error, short_repr
 from keras_mp.loading.base import SAMPLES_DONE, Loaded, Loader, batch_error, check_batch, failure_of
 from keras_mp.loading.builder import BatchBuilder
@@ -289,7 +290,7 @@ class SampleLoader(Loader):
     def _substitutes(self, request: Request) -> list[int]:
         """Source indices of what may be served where all samples of a batch fail, in an order of their own."""
         own = {int(index) for index in request.samples}
-        others = range(len(self.source)) if request.substitutes is None else request.substitutes
+        others = range(length_of(self.source)) if request.substitutes is None else request.substitutes
         root = seed_sequence(Stream.SUBSTITUTES, self.seed, request.epoch, int(request.samples[0]), request.batch)
         count = min(len(others), _MAX_SUBSTITUTES + len(own))
         chosen = np.random.Generator(np.random.PCG64(root)).choice(len(others), count, replace=False)

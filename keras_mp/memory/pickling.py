@@ -1,7 +1,7 @@
 """Objects on their way between parent and worker: pickle protocol 5 with the bytes of arrays out of band.
 
 How functions and classes of the user's travel is the affair of `code`. `numpy.memmap` is sent as the place in its file,
-never as its bytes.
+never as its bytes. A lock travels as a new one that nobody holds.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ import io
 import os
 import pickle
 import sys
+import threading
 from typing import Any
 
 import numpy as np
 
 from keras_mp.errors import KerasMPError, short_repr
 from keras_mp.memory.code import CodePickler
+
+_LOCK, _RLOCK = type(threading.Lock()), type(threading.RLock())
 
 Buffers = list[pickle.PickleBuffer]
 
@@ -43,8 +46,8 @@ def dump_user_object(value: Any, name: str, buffers: Buffers | None = None) -> b
     except Exception as error:
         raise KerasMPError(
             f"{name} cannot be sent to worker processes: {type(error).__name__}: {error}\n"
-            f"Received {name}={short_repr(value)}. Create what cannot be pickled (open files, locks, database handles, "
-            "generators) inside the transform, at its first call in the worker; or use workers=0 or "
+            f"Received {name}={short_repr(value)}. What cannot be pickled (open files, database handles, generators), "
+            "each worker can open for itself: keras_mp.PerWorker(open_function); or use workers=0 or "
             "use_multiprocessing=False, which send nothing."
         ) from error
     return stream.getvalue()
@@ -56,6 +59,10 @@ class _UserPickler(CodePickler):
         if keras is not None and isinstance(obj, type) and obj is keras.utils.PyDataset:
             # A class defined in a script or notebook travels by value; its base need not cost the worker keras.
             return _py_dataset_stand_in, ()
+        if isinstance(obj, _LOCK):  # of whatever it protects, each worker has a copy, which nobody is at
+            return threading.Lock, ()
+        if isinstance(obj, _RLOCK):
+            return threading.RLock, ()
         if isinstance(obj, np.memmap):
             place = memmap_place(obj)
             if place is not None:

@@ -22,6 +22,7 @@ _STYLE = """
 .keras-mp th, .keras-mp td { text-align: left; vertical-align: top; padding: 4px 14px 4px 0; background: none }
 .keras-mp th, .keras-mp td { border-bottom: 1px solid #e3e7ec; overflow-wrap: anywhere }
 .keras-mp th { font-weight: 600 }
+.keras-mp td:first-child { overflow-wrap: normal }
 .keras-mp td.number, .keras-mp th.number { text-align: right; white-space: nowrap }
 .keras-mp svg { width: 100%; max-width: 640px; height: auto; display: block; overflow: visible }
 .keras-mp svg text { font-size: 12px; fill: #1d2733 }

@@ -7,21 +7,21 @@ consumer's code, and ends no pool.
 from __future__ import annotations
 
 import contextlib
-import pathlib
 import sys
 import time
 from typing import Any
 
 from keras_mp.errors import warn_user
-from keras_mp.loading.base import SAMPLES_DONE
+from keras_mp.loading.stalls import STALL_S, describe_stall
 from keras_mp.memory.control import NOT_STARTED
 from keras_mp.workers.jobs import Job
 from keras_mp.workers.process import Process
 
-STALL_S = 60.0  # at one sample
 _START_IS_LONG_S = 2.0
-_HEADING = "(most recent call first):"  # faulthandler's, over each traceback
-_OUR_CODE = str(pathlib.Path(__file__).resolve().parents[1] / "loading")
+_REMEDY = (
+    "Nothing ends it, as no timeout= is set; with timeout=seconds the worker would be replaced, and the batch run "
+    "again."
+)
 
 
 class StallWatch:
@@ -44,23 +44,9 @@ class StallWatch:
             return
         job.loader.stall_is_told = True
         index = job.loader.samples.index_at(job.request, position)
-        if position == SAMPLES_DONE:
-            at = "has been put together"
-        else:
-            at = "has been at a sample" if index is None else f"has been at sample {index}"
-        where = process.where()
-        job.loader.stall = (
-            f"keras_mp: {job.name} {at} for {now - job.sample_since:.0f} s, in worker process {process.pid}. "
-            "Nothing ends it, as no timeout= is set; with timeout=seconds the worker would be replaced, and the batch "
-            "run again. " + (f"It stands here, innermost call first:\n{_of_the_users(where)}" if where else "")
-        )
-
-
-def _of_the_users(traceback: str) -> str:
-    """A traceback, innermost call first, without what is ours and below."""
-    lines = traceback.rpartition(_HEADING)[2].splitlines()  # one that was asked for before may stand above it
-    ours = next((number for number, line in enumerate(lines) if _OUR_CODE in line), len(lines))
-    return "\n".join(lines[:ours] if ours > 1 else lines).strip()
+        where = f"worker process {process.pid}"
+        seconds = now - job.sample_since
+        job.loader.stall = describe_stall(job.name, position, index, seconds, where, _REMEDY, process.where())
 
 
 class Patience:

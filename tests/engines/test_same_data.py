@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import keras
 import numpy as np
 import pytest
 
 import keras_mp
+from tests.consumers import EPOCHS, exported, fitted, iterated
 from tests.transforms import Augmented, permuted
 
-_SAMPLES, _BATCH, _EPOCHS = 40, 4, 2
+_SAMPLES, _BATCH = 40, 4
 
 _LOADERS: dict[str, dict[str, Any]] = {
     "in-process": {"workers": 0},
@@ -26,35 +26,6 @@ _LOADERS: dict[str, dict[str, Any]] = {
     "5 threads": {"workers": 5, "use_multiprocessing": False},
     "keras": {"workers": 2, "pool": "keras"},
 }
-
-
-class Identity(keras.Model):
-    """A model whose training step notes what it was given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Any] = []
-
-    def train_step(self, data: Any) -> dict[str, Any]:
-        (x,) = data if isinstance(data, tuple) else (data,)
-        self.seen.append(x.numpy())
-        return {"loss": 0.0}
-
-
-def iterated(dataset: Any) -> Iterator[Any]:
-    for _ in range(_EPOCHS):
-        yield from dataset
-
-
-def fitted(dataset: Any) -> list[Any]:
-    model = Identity()
-    model.compile(run_eagerly=True)
-    model.fit(dataset, epochs=_EPOCHS, shuffle=False, verbose=0)
-    return model.seen
-
-
-def exported(dataset: Any) -> list[Any]:
-    return [batch.numpy() for batch in dataset.to_tf_dataset(epochs=_EPOCHS)]
 
 
 def global_state() -> tuple[Any, ...]:
@@ -73,7 +44,7 @@ def digest(loader: dict[str, Any], consume: Any, flag: Path | None = None) -> st
         **loader,
     ) as dataset:
         batches = [np.asarray(batch) for batch in consume(dataset)]
-    assert len(batches) == _EPOCHS * _SAMPLES // _BATCH
+    assert len(batches) == EPOCHS * _SAMPLES // _BATCH
     assert global_state() == state  # the user's own randomness is untouched
     return hashlib.sha256(b"".join(batch.tobytes() for batch in batches)).hexdigest()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -101,7 +100,7 @@ _GOOD: dict[str, list[Any]] = {
 
 # Samples that do not; the error's type, and words of its text.
 _BAD: dict[str, tuple[list[Any], type[Exception], str]] = {
-    "other shapes": ([np.zeros(2), np.zeros(3)], ValueError, r"shape \(3,\), but \(2,\) .* `collate=`"),
+    "other shapes": ([np.zeros(2), np.zeros(3)], ValueError, r"shape \(3,\), but \(2,\) .* `collate=keras_mp.pad"),
     "other rank": ([np.zeros(2), 1.0], ValueError, r"shape \(\), but \(2,\)"),
     "other keys": ([{"a": 1}, {"b": 1}], ValueError, "keys"),
     "other length": ([(1, 2), (1, 2, 3)], ValueError, "3.*2 parts"),
@@ -206,10 +205,10 @@ class _NeedsMore(Exception):
         self.code = code
 
 
-class _HoldsLock(ValueError):
+class _HoldsGenerator(ValueError):
     def __init__(self) -> None:
-        super().__init__("holds a lock")
-        self.lock = threading.Lock()
+        super().__init__("holds a generator")
+        self.rows = (row for row in range(2))
 
 
 class _Text(str):
@@ -245,7 +244,7 @@ def _raising(make: Callable[[], BaseException]) -> Callable[[Any], Any]:
 
 _EXCEPTIONS: dict[str, tuple[Callable[[], BaseException], str]] = {
     "constructor needs arguments": (lambda: _NeedsMore("more", code=3), "_NeedsMore: more"),
-    "holds what cannot be pickled": (_HoldsLock, "_HoldsLock: holds a lock"),
+    "holds what cannot be pickled": (_HoldsGenerator, "_HoldsGenerator: holds a generator"),
     "text of a class of its own": (_OddText, "_OddText: odd text"),
     "no text": (_NoText, "_NoText: <its __str__ raised RuntimeError>"),
     "no arguments": (ZeroDivisionError, "ZeroDivisionError"),

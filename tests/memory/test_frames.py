@@ -318,8 +318,8 @@ class _BadRepr:
 
 @pytest.mark.parametrize(
     "value",
-    [threading.Lock(), (i for i in range(3)), [threading.Lock()], _BadRepr()],
-    ids=["lock", "gen", "list", "repr"],
+    [(i for i in range(3)), [(i for i in range(3))], _BadRepr()],
+    ids=["gen", "list", "repr"],
 )
 def test_what_cannot_be_pickled_is_named_with_the_way_out(value: Any) -> None:
     with pytest.raises(KerasMPError) as caught:

@@ -79,7 +79,7 @@ def worker() -> dict[str, Any]:
     processes = len(config["cluster"]["worker"]) if config else 1
     train = keras_mp.PoolDataset(DATA, target, batch_size=8 // processes, shuffle=True, seed=1, workers=2)
     if config:
-        train = train.shard(processes, config["task"]["index"])
+        train = train.shard()  # by TF_CONFIG
     options = tf.data.Options()
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
     export = train.to_tf_dataset().with_options(options)

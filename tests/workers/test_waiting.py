@@ -39,6 +39,20 @@ def test_a_sample_that_takes_a_minute_is_named_once_with_the_line_it_stands_at()
         assert dataset.stats().restarts == 0
 
 
+def test_a_thread_at_a_sample_for_a_minute_is_told_of_too() -> None:
+    with keras_mp.PoolDataset(
+        np.arange(16.0), _stands_at_five, batch_size=8, workers=2, use_multiprocessing=False
+    ) as dataset:
+        with pytest.warns(
+            RuntimeWarning, match="batch 0 of epoch 0 has been at sample 5 for 6. s, in a thread"
+        ) as told:
+            assert len(list(dataset)) == 2
+    (warning,) = [each for each in told if "has been at sample" in str(each.message)]
+    stack = str(warning.message).partition("innermost call first:\n")[2].splitlines()
+    assert stack == [f'File "{__file__}", line {_stands_at_five.__code__.co_firstlineno + 2} in _stands_at_five']
+    assert warning.filename == __file__
+
+
 _SLOW_START = """
 import sys, time
 import numpy as np

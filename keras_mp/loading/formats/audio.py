@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from keras_mp.loading.resampling import resample
+from keras_mp.loading.formats.resampling import resample
 
 AUDIO_FORMATS = (".wav",)
 

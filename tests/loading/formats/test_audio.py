@@ -18,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import keras_mp
-from keras_mp.loading.audio import decode_wav
-from keras_mp.loading.resampling import resample
+from keras_mp.loading.formats.audio import decode_wav
+from keras_mp.loading.formats.resampling import resample
 from tests.support import assert_alike
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import keras_mp
-from keras_mp.loading.images import cropped, decode, resized_with_pad
+from keras_mp.loading.formats.images import cropped, decode, resized_with_pad
 from tests.support import assert_alike
 
 Pixels = npt.NDArray[np.uint8]

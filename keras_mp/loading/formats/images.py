@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from keras_mp.loading.resizing import Pixels, resize
+from keras_mp.loading.formats.resizing import Pixels, resize
 
 IMAGE_FORMATS = (".bmp", ".gif", ".jpeg", ".jpg", ".png")
 MODES = {"grayscale": "L", "rgb": "RGB", "rgba": "RGBA"}

@@ -8,7 +8,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_mp.loading.resizing import INTERPOLATIONS, resize, taps
+from keras_mp.loading.formats.resizing import INTERPOLATIONS, resize, taps
 
 _LENGTHS = st.integers(1, 70)
 # Of 255 levels. TensorFlow sums in float32, and computes some weights in it too.

@@ -1,0 +1,42 @@
+"""Ways to consume a dataset, each giving all its batches as arrays, in the order in which they came."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+
+EPOCHS = 2
+
+
+class Identity(keras.Model):
+    """A model whose training step notes what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def train_step(self, data: Any) -> dict[str, Any]:
+        (x,) = data if isinstance(data, tuple) else (data,)
+        self.seen.append(x.numpy())
+        return {"loss": 0.0}
+
+
+def iterated(dataset: Any) -> Iterator[Any]:
+    """By a plain loop."""
+    for _ in range(EPOCHS):
+        yield from dataset
+
+
+def fitted(dataset: Any) -> list[Any]:
+    """By `fit`."""
+    model = Identity()
+    model.compile(run_eagerly=True)
+    model.fit(dataset, epochs=EPOCHS, shuffle=False, verbose=0)
+    return model.seen
+
+
+def exported(dataset: Any) -> list[Any]:
+    """By an export."""
+    return [batch.numpy() for batch in dataset.to_tf_dataset(epochs=EPOCHS)]

@@ -1,0 +1,64 @@
+"""Iterators of Keras's old `ImageDataGenerator`, which hold a lock and a generator, as workers load them (P1, P2)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+import keras_mp
+
+
+@pytest.fixture
+def generator() -> Any:
+    tf = pytest.importorskip("tensorflow")
+    return tf.keras.preprocessing.image.ImageDataGenerator(rescale=1 / 255, horizontal_flip=True)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    pytest.importorskip("PIL")
+    for number in range(12):
+        folder = tmp_path / f"class {number % 2}"
+        folder.mkdir(exist_ok=True)
+        keras.utils.save_img(folder / f"{number}.png", np.full((6, 6, 3), number * 20), scale=False)
+    return tmp_path
+
+
+def _levels(batches: Any) -> list[list[int]]:
+    return [np.rint(x[:, 0, 0, 0] * 255 / 20).astype(int).tolist() for x, _ in batches]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_flow_from_directory_gives_each_image_once_whoever_loads(generator: Any, images: Path, shuffle: bool) -> None:
+    def flow() -> Any:
+        return generator.flow_from_directory(images, (6, 6), batch_size=4, shuffle=shuffle, seed=3)
+
+    np.random.seed(0)
+    with keras_mp.parallelize(flow(), workers=0, seed=1) as plain:
+        expected = _levels(plain)
+    np.random.seed(0)
+    with keras_mp.parallelize(flow(), workers=2, seed=1) as dataset:
+        assert _levels(dataset) == expected
+    assert sorted(level for batch in expected for level in batch) == list(range(12))
+    assert (expected[0] == [0, 10, 2, 4]) is not shuffle
+
+
+def test_random_flips_depend_on_the_seed_alone(generator: Any) -> None:  # P2
+    x = np.random.default_rng(0).random((24, 4, 4, 3), dtype="float32")
+
+    def batches(workers: int) -> list[Any]:
+        flow = generator.flow(x, np.arange(24), batch_size=4, shuffle=False, seed=5)
+        with keras_mp.parallelize(flow, workers=workers, seed=7) as dataset:
+            return [part for batch in dataset for part in batch]
+
+    plain = batches(0)
+    pairs = list(zip(plain[::2], plain[1::2], strict=True))
+    for workers in (1, 3):
+        for ours, theirs in zip(batches(workers), plain, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    flipped = [[not np.allclose(row * 255, x[number]) for row, number in zip(*pair, strict=True)] for pair in pairs]
+    assert len({tuple(batch) for batch in flipped}) > 1  # each batch has draws of its own
