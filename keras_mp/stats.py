@@ -75,32 +75,37 @@ class Stats:
         epoch: the current one.
         elapsed_s: the time that the numbers are of, in seconds.
         batches: taken by whoever trains or iterates.
-        loaded_batches, samples, bytes: loaded, those included that nobody has taken yet; bytes of the arrays in them.
+        loaded_batches: loaded, those included that nobody has taken yet.
+        samples: in these.
+        bytes: of the arrays in these.
         failures: samples that failed.
         retries: how often a failing sample was tried again.
-        cache_hits, cache_misses: samples that the cache had, and that had to be loaded.
+        cache_hits: samples that the cache had.
+        cache_misses: samples that had to be loaded.
         cache_bytes: bytes that it has, now.
         wait_s: how long whoever took batches waited for them, in seconds.
         first_wait_s: of this, for the first batch of each pass or iteration, for which little or nothing was ready.
-        used_s, steps: how long whoever took batches was busy with them, from taking one to asking for the next, and how
-            many such times that is the sum of; what passes between two epochs is none.
+        used_s: how long whoever took batches was busy with them, from each to asking for the next, within an epoch.
+        steps: how many such times that is the sum of.
         wait_is_of_training: whether that is the training itself, or a loop. In `fit` on TensorFlow, and in an export,
             it is a thread of TensorFlow's, which waits longer: `PipelineMonitor` knows what the training waited.
         queue_s: how long batches waited for a worker, summed over batches.
         work_s: how long workers were at batches, summed over workers.
         cpu_s: processor time of that.
         process_cpu_s: processor time of this process, the training included, since the first batch was asked for.
-        stages: by name: "source" (`source[i]`), "load", "cache", "transform", "collate", "batch_transform" and "write"
-            (to shared memory).
+        stages: by name: "source" (`source[i]`), "load", "cache", "transform", "collate", "batch_transform", "write".
         workers: how many there are to be.
         pids: process ids of those that run.
-        busy_s, ready_s: of each of these, seconds at batches, and seconds since it was ready. With a pool that datasets
-            share, at batches of all of them.
-        pool_busy_s, pool_ready_s: the same of all workers together, those included that have ended.
+        busy_s: of each of these, seconds at batches; with a pool that datasets share, at those of all of them.
+        ready_s: of each of these, seconds since it was ready.
+        pool_busy_s: as `busy_s`, of all workers together, those included that have ended.
+        pool_ready_s: as `ready_s`, of all of these.
         restarts: workers that had to be replaced.
         timeouts: of these, those that were ended because a batch took too long.
-        queued, running: batches that wait for a worker, and that are with one, now.
-        slots, slot_bytes: shared memory for batches: how many pieces, and bytes in all, now.
+        queued: batches that wait for a worker, now.
+        running: batches that are with one, now.
+        slots: pieces of shared memory for batches, now.
+        slot_bytes: their bytes, now.
     """
 
     engine: str = "not started"
