@@ -1,7 +1,5 @@
 """The folder workload: a folder of JPEGs of two classes, cut out of a photograph that Matplotlib ships."""
 
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.work import Array, Samples, spin
+from benchmarks.work import Array, Samples, kept_folder, spin
 from keras_mp.loading.formats.files import Read
 from keras_mp.loading.formats.images import IMAGE_FORMATS, ImageReader
 from keras_mp.plan.listing import list_directory
@@ -47,13 +45,7 @@ class _Augmented:
 def photographs(batches: int, function: Callable[[Array], Array] | None = None) -> Folder:
     """`batches` batches of photographs; the files are written the first time and kept."""
     count = batches * _BATCH_SIZE
-    folder = Path(tempfile.gettempdir()) / f"keras_mp-benchmark-{os.getuid()}" / f"{count}-photographs"
-    if not folder.exists():
-        folder.parent.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            unfinished = Path(temporary) / "photographs"
-            _write(unfinished, count)
-            unfinished.rename(folder)
+    folder = kept_folder(f"{count}-photographs", lambda folder: _write(folder, count))
     source: Any = list_directory(folder, "inferred", "int", None, IMAGE_FORMATS, False, None, False)
     read = Read(ImageReader(256, 256, "RGB", "bilinear", "stretch", False))
     return Folder(source, read if function is None else _Augmented(read, function), _BATCH_SIZE, str(folder), function)

@@ -1,13 +1,10 @@
 """The satellite workload: the tiles and the function of `examples/satellite.py`, as `.npy` files on disk."""
 
 import functools
-import os
-import tempfile
-from pathlib import Path
 
 import numpy as np
 
-from benchmarks.work import Samples
+from benchmarks.work import Samples, kept_folder
 from examples.satellite import REFLECTANCE_PER_COUNT, cut_tiles, load_tile, read_scene
 
 _BATCH_SIZE = 16
@@ -23,12 +20,5 @@ def tiles(batches: int) -> Samples:
         std=reflectance.std(axis=(1, 2)).astype(np.float32),
     )
     count = batches * _BATCH_SIZE
-    folder = Path(tempfile.gettempdir()) / f"keras_mp-benchmark-{os.getuid()}" / f"{count}-tiles"
-    if not folder.exists():
-        folder.parent.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            unfinished = Path(temporary) / "tiles"
-            unfinished.mkdir()
-            cut_tiles(unfinished, count, _TILE_PIXELS, truncated=0)
-            unfinished.rename(folder)
+    folder = kept_folder(f"{count}-tiles", lambda folder: cut_tiles(folder, count, _TILE_PIXELS, truncated=0))
     return Samples(sorted((folder / "train").iterdir()), transform, _BATCH_SIZE)

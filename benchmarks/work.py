@@ -4,9 +4,12 @@ Every leaf starts with the batch's own number (`stamp`), so that the consumer, w
 proves with a sum that each batch of the epoch came exactly once.
 """
 
+import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -128,3 +131,16 @@ def touch(batch: Any) -> float:
     `np.asarray` aliases a CPU tensor of TensorFlow or torch, so this costs no copy anywhere.
     """
     return sum(float(np.asarray(leaf).item(0)) for leaf in leaves_of(batch))
+
+
+def kept_folder(name: str, fill: Callable[[Path], object]) -> Path:
+    """A folder of that name that benchmarks share; `fill` writes it the first time."""
+    folder = Path(tempfile.gettempdir()) / f"keras_mp-benchmark-{os.getuid()}" / name
+    if not folder.exists():
+        folder.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+            unfinished = Path(temporary) / name
+            unfinished.mkdir()
+            fill(unfinished)
+            unfinished.rename(folder)
+    return folder

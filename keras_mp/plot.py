@@ -20,6 +20,7 @@ _BATCH, _WAIT, _START, _LOST = "#E4E7EB", "#E58A5B", "#B8C0CC", "#5A2A27"
 _MARKS = {
     "worker died": ("X", "#B00020"),
     "worker timed out": ("P", "#B00020"),
+    "worker let go": ("v", "#5B6770"),
     "worker restarted": ("^", "#1B7F3B"),
     "worker started": ("^", "#5B6770"),
 }

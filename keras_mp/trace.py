@@ -12,13 +12,12 @@ import os
 import pathlib
 import threading
 import time
-import warnings
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any, Self
 
 from keras_mp import checks
-from keras_mp.errors import short_repr
+from keras_mp.errors import short_repr, warn_user
 from keras_mp.loading.recording import CONSUMER, Event, Lane, Recorder, Recording
 
 MAX_EVENTS = 200_000  # about 50 MB in memory, and 30 MB in the file
@@ -81,9 +80,7 @@ class Trace:
             try:
                 self.save()
             except OSError as error:
-                warnings.warn(
-                    f"keras_mp: the trace could not be written to {self.path}: {error}", RuntimeWarning, stacklevel=2
-                )
+                warn_user(f"keras_mp: the trace could not be written to {self.path}: {error}")
 
     def stop(self) -> None:
         """Ends the recording and writes the file. May be called twice.

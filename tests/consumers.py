@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
+import numpy as np
+
+import keras_mp
+from tests.transforms import permuted
 
 EPOCHS = 2
 
@@ -40,3 +44,13 @@ def fitted(dataset: Any) -> list[Any]:
 def exported(dataset: Any) -> list[Any]:
     """By an export."""
     return [batch.numpy() for batch in dataset.to_tf_dataset(epochs=EPOCHS)]
+
+
+def seeded(consume: Callable[[Any], Any], transform: Any, **options: Any) -> list[Any]:
+    """The batches of EPOCHS epochs of 40 samples, 4 in each, shuffled and made by `transform` and random numbers."""
+    with keras_mp.PoolDataset(
+        range(40), transform, batch_size=4, batch_transform=permuted, shuffle=True, seed=11, **options
+    ) as dataset:
+        batches = [np.asarray(batch) for batch in consume(dataset)]
+    assert len(batches) == EPOCHS * 10
+    return batches

@@ -57,3 +57,21 @@ def assert_alike(ours: Sequence[Any], theirs: Sequence[Any], tolerance: float = 
         for leaf, other in zip(leaves, others, strict=True):
             assert leaf.dtype == other.dtype
             np.testing.assert_allclose(leaf, other, rtol=0, atol=tolerance)
+
+
+def assert_same(one: Any, other: Any, flag: str) -> None:
+    """The same nest of arrays and plain values; all arrays of `one` have the NumPy flag."""
+    assert type(one) is type(other)
+    if isinstance(other, np.ndarray):
+        assert one.dtype == other.dtype
+        assert getattr(one.flags, flag)
+        np.testing.assert_array_equal(one, other)
+    elif isinstance(other, dict):
+        assert list(one) == list(other)
+        for key in other:
+            assert_same(one[key], other[key], flag)
+    elif isinstance(other, tuple):
+        for part, another in zip(one, other, strict=True):
+            assert_same(part, another, flag)
+    else:
+        assert one == other

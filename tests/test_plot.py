@@ -12,6 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 
 import keras_mp
+from tests.census import eventually
 from tests.support import run_script
 
 _GUIDE = Path(__file__).resolve().parents[1] / "docs" / "timeline.md"
@@ -42,6 +43,16 @@ def test_it_draws_a_lane_for_each_and_the_stages(running_pool: keras_mp.WorkerPo
     assert axes.get_xlabel() == "seconds since the recording began"
     figure.savefig(tmp_path / "timeline.png")
     assert (tmp_path / "timeline.png").stat().st_size > 1000
+
+
+def test_it_marks_what_becomes_of_workers() -> None:
+    with keras_mp.WorkerPool(2) as pool, keras_mp.PoolDataset(np.arange(80.0), batch_size=2, pool=pool) as dataset:
+        trace = dataset.trace()
+        list(dataset)
+        assert eventually(lambda: len(dataset.stats().pids) == 2)
+        pool.resize(1)
+        assert eventually(lambda: any(event.name == "worker let go" for _, lane in trace.lanes() for event in lane))
+    assert "worker let go" in _labels(keras_mp.plot_timeline(dataset))
 
 
 def test_of_many_batches_none_is_numbered_and_a_part_can_be_drawn() -> None:

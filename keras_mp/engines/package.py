@@ -52,12 +52,7 @@ class Package:
             KerasMPError: it holds something that cannot be pickled; the message says which part.
         """
         buffers: pickling.Buffers = []
-        try:
-            body = pickling.dump_user_object(loader, "dataset", buffers)
-        except KerasMPError:
-            for field in dataclasses.fields(loader):  # type: ignore[arg-type]  # every loader is a dataclass
-                pickling.dump_user_object(getattr(loader, field.name), field.name)
-            raise
+        body = loader.dump(buffers)
         arrays = [np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers]
         return cls(key, body, arrays, _digest(body, arrays))
 

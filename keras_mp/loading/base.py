@@ -9,9 +9,10 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from keras_mp.errors import SampleFailure, sample_error
+from keras_mp.errors import KerasMPError, SampleFailure, sample_error
 from keras_mp.loading.randomness import Generators, Seeder
 from keras_mp.loading.timing import SlowestSamples, StageTimes, Work
+from keras_mp.memory import pickling
 from keras_mp.memory.files import Descriptor
 from keras_mp.plan.request import Request
 
@@ -92,6 +93,19 @@ class Loader:
         """Uses, in a worker, what `descriptors` gave; from now on they are this object's."""
         for fd in fds:
             os.close(fd)
+
+    def dump(self, buffers: pickling.Buffers) -> bytes:
+        """Pickles it for a worker; the memory of its arrays is appended to `buffers`.
+
+        Raises:
+            KerasMPError: it holds something that cannot be pickled; the message says which part.
+        """
+        try:
+            return pickling.dump_user_object(self, "dataset", buffers)
+        except KerasMPError:
+            for field in dataclasses.fields(self):  # type: ignore[arg-type]  # every loader is a dataclass
+                pickling.dump_user_object(getattr(self, field.name), field.name)
+            raise
 
     @functools.cached_property
     def slowest(self) -> SlowestSamples:

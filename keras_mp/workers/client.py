@@ -123,12 +123,7 @@ class PoolClient:
             KerasMPError: something in it cannot be pickled, or there is no shared memory for it.
         """
         buffers: pickling.Buffers = []
-        try:
-            body = pickling.dump_user_object(loader, "dataset", buffers)
-        except KerasMPError:
-            for field in dataclasses.fields(loader):  # type: ignore[arg-type]  # say which part it is
-                pickling.dump_user_object(getattr(loader, field.name), field.name)
-            raise
+        body = loader.dump(buffers)
         is_large = [buffer.raw().nbytes >= _LARGE_BYTES for buffer in buffers]
         large = [buffer for buffer, big in zip(buffers, is_large, strict=True) if big]
         small = [pickle.PickleBuffer(body)] + [buffer for buffer, big in zip(buffers, is_large, strict=True) if not big]

@@ -18,7 +18,7 @@ import pytest
 import keras_mp
 from tests import clusters
 from tests.census import eventually
-from tests.consumers import EPOCHS, exported, fitted, iterated
+from tests.consumers import exported, fitted, iterated, seeded
 from tests.transforms import (
     Augmented,
     Counted,
@@ -28,7 +28,6 @@ from tests.transforms import (
     KillsOnce,
     Marked,
     fail_on_seven,
-    permuted,
     process_facts,
 )
 
@@ -57,18 +56,7 @@ def pools() -> Iterator[Callable[[str], Any]]:
 
 
 def _digests(consume: Callable[[Any], Any], **options: Any) -> list[bytes]:
-    with keras_mp.PoolDataset(
-        range(_SAMPLES),
-        Augmented(),
-        batch_size=_BATCH,
-        batch_transform=permuted,
-        shuffle=True,
-        seed=11,
-        **options,
-    ) as dataset:
-        batches = [np.asarray(batch) for batch in consume(dataset)]
-    assert len(batches) == EPOCHS * _SAMPLES // _BATCH
-    return [batch.tobytes() for batch in batches]
+    return [batch.tobytes() for batch in seeded(consume, Augmented(), **options)]
 
 
 @pytest.mark.parametrize("name", _POOLS)

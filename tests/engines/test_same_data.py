@@ -11,11 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-import keras_mp
-from tests.consumers import EPOCHS, exported, fitted, iterated
-from tests.transforms import Augmented, permuted
-
-_SAMPLES, _BATCH = 40, 4
+from tests.consumers import exported, fitted, iterated, seeded
+from tests.transforms import Augmented
 
 _LOADERS: dict[str, dict[str, Any]] = {
     "in-process": {"workers": 0},
@@ -34,17 +31,7 @@ def global_state() -> tuple[Any, ...]:
 
 def digest(loader: dict[str, Any], consume: Any, flag: Path | None = None) -> str:
     state = global_state()
-    with keras_mp.PoolDataset(
-        range(_SAMPLES),
-        Augmented(flag),
-        batch_size=_BATCH,
-        batch_transform=permuted,
-        shuffle=True,
-        seed=11,
-        **loader,
-    ) as dataset:
-        batches = [np.asarray(batch) for batch in consume(dataset)]
-    assert len(batches) == EPOCHS * _SAMPLES // _BATCH
+    batches = seeded(consume, Augmented(flag), **loader)
     assert global_state() == state  # the user's own randomness is untouched
     return hashlib.sha256(b"".join(batch.tobytes() for batch in batches)).hexdigest()
 

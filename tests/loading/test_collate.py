@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from keras_mp.loading.collate import Samples, Stack, allocating, empty
+from tests.support import assert_same
 
 Array = npt.NDArray[Any]
 
@@ -44,22 +45,6 @@ def _reference(samples: list[Any]) -> Any:
     if isinstance(first, tuple):
         return tuple(_reference([sample[k] for sample in samples]) for k in range(len(first)))
     return np.stack([np.asarray(sample) for sample in samples])
-
-
-def _assert_same(actual: Any, expected: Any) -> None:
-    assert type(actual) is type(expected)
-    if isinstance(expected, np.ndarray):
-        assert actual.dtype == expected.dtype
-        assert actual.flags.c_contiguous
-        np.testing.assert_array_equal(actual, expected)
-    elif isinstance(expected, dict):
-        assert list(actual) == list(expected)
-        for key in expected:
-            _assert_same(actual[key], expected[key])
-    elif isinstance(expected, tuple):
-        assert len(actual) == len(expected)
-        for one, other in zip(actual, expected, strict=True):
-            _assert_same(one, other)
 
 
 _LEAVES = st.one_of(
@@ -96,7 +81,7 @@ def test_stacks_like_numpy(data: st.DataObject, count: int) -> None:
             _stack(samples)
         return
     native = _to_native(_reference(samples))
-    _assert_same(_stack(samples), native)
+    assert_same(_stack(samples), native, "c_contiguous")
 
 
 def _to_native(nest: Any) -> Any:
@@ -130,7 +115,7 @@ def _to_native(nest: Any) -> Any:
     ],
 )
 def test_leaves(samples: list[Any], expected: Array) -> None:
-    _assert_same(_stack(samples), expected)
+    assert_same(_stack(samples), expected, "c_contiguous")
 
 
 def test_bytes_keep_their_trailing_zeros() -> None:

@@ -21,7 +21,7 @@ from keras_mp.errors import KerasMPError
 from keras_mp.memory.encoding import decode, encode
 from keras_mp.memory.fingerprint import combined, fingerprint
 from keras_mp.memory.shared_store import SharedStore
-from tests.support import python_path
+from tests.support import assert_same, python_path
 
 _LEAVES = st.one_of(
     hnp.arrays(st.sampled_from(["i1", "f8", "c8", "U3"]).map(np.dtype), hnp.array_shapes(min_dims=0, min_side=0)),
@@ -33,26 +33,9 @@ _LEAVES = st.one_of(
 _SAMPLES = st.recursive(_LEAVES, lambda part: st.one_of(st.tuples(part, part), st.dictionaries(st.text(), part)))
 
 
-def _assert_same(one: Any, other: Any) -> None:
-    assert type(one) is type(other)
-    if isinstance(one, np.ndarray):
-        assert one.dtype == other.dtype
-        assert one.flags.writeable
-        np.testing.assert_array_equal(one, other)
-    elif isinstance(one, dict):
-        assert list(one) == list(other)
-        for key in one:
-            _assert_same(one[key], other[key])
-    elif isinstance(one, tuple):
-        for part, another in zip(one, other, strict=True):
-            _assert_same(part, another)
-    else:
-        assert one == other
-
-
 @given(_SAMPLES)
 def test_a_sample_comes_back(sample: Any) -> None:
-    _assert_same(decode(np.frombuffer(bytearray(encode(sample)), np.uint8)), sample)
+    assert_same(decode(np.frombuffer(bytearray(encode(sample)), np.uint8)), sample, "writeable")
 
 
 @given(st.integers(1, 20_000), st.lists(st.tuples(st.integers(0, 9), st.binary(max_size=3000)), max_size=30))
