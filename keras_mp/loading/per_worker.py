@@ -8,6 +8,8 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from keras_mp.checks import length_of
+
 
 class PerWorker:
     """An object that each worker opens when it first needs it, and closes when it ends or the dataset is closed.
@@ -57,11 +59,11 @@ class PerWorker:
     def __len__(self) -> int:
         if self._length is None:
             if (os.getpid(), threading.get_ident()) in self._opened:
-                self._length = _length(self())
+                self._length = length_of(self())
             else:
                 opened = self._open_object(*self._arguments)
                 try:
-                    self._length = _length(opened)
+                    self._length = length_of(opened)
                 finally:
                     _close(opened, self._close)
         return self._length
@@ -77,13 +79,6 @@ class PerWorker:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _opened={})
         weakref.finalize(self, _close_all, self._opened, self._close)
-
-
-def _length(opened: Any) -> int:
-    try:
-        return len(opened)
-    except TypeError:
-        return int(opened.shape[0])
 
 
 def _close_all(opened: dict[tuple[int, int], Any], close: Callable[[Any], Any] | None) -> None:
