@@ -32,6 +32,25 @@ def create_memory_file(name: str = "keras_mp") -> int:
         return os.dup(file.fileno())
 
 
+def create_roll() -> int:
+    """A new anonymous file that several processes may read at once, through one position, each getting its own part.
+
+    POSIX.1-2017 asks that of regular files (XSH 2.9.7). Linux keeps it for what was opened, but not for a memory file
+    as it was created: so this is one that was opened once more.
+
+    Raises:
+        OSError: no descriptor or memory is left.
+    """
+    fd = create_memory_file("keras_mp-roll")
+    try:
+        return os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:  # macOS, or nothing at /proc
+        with tempfile.TemporaryFile() as file:
+            return os.dup(file.fileno())
+    finally:
+        os.close(fd)
+
+
 class Descriptor:
     """A file descriptor that is closed when nobody has it any more."""
 

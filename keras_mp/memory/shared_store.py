@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from keras_mp.memory.files import Descriptor, create_memory_file, round_to_page
+from keras_mp.memory.files import Descriptor, create_memory_file, create_roll, round_to_page
 
 _ROW = struct.Struct("<16sQQ")  # key, offset, bytes; then the check sum
 _ROW_BYTES = 64
@@ -58,7 +58,7 @@ class SharedStore:
             return
         try:
             self.fds = (create_memory_file("keras_mp-cache"),)
-            self.fds = (*self.fds, create_memory_file("keras_mp-cache"))
+            self.fds = (*self.fds, create_roll())
             os.ftruncate(self.fds[0], self._base + nbytes)
             tickets = memoryview(np.arange(nbytes // self._unit, dtype=np.uint32).tobytes())
             while tickets:

@@ -80,6 +80,35 @@ def test_processes_add_beside_each_other() -> None:
     store.close()
 
 
+_STORES, _ROWS = 40, 256
+
+
+def _race(stores: list[SharedStore], first: int, barrier: Any) -> None:
+    for store in stores:
+        barrier.wait(60)
+        for index in range(first, _ROWS, 2):
+            store.put(index, b"k" * 16, bytes([index]) * 64)
+
+
+def test_no_room_is_given_twice() -> None:  # P2: one sample's bytes would be another's
+    stores = [SharedStore(_ROWS, _ROWS * 64) for _ in range(_STORES)]  # so small that each sample asks for its room
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(2)
+    processes = [context.Process(target=_race, args=(stores, first, barrier)) for first in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+        process.close()
+    for store in stores:
+        for index in range(_ROWS):
+            found = store.get(index, b"k" * 16)
+            assert found is not None
+            assert found.tobytes() == bytes([index]) * 64
+        store.close()
+
+
 def test_a_row_that_is_half_written_is_not_there() -> None:
     store = SharedStore(3, 1000)
     store.put(1, b"k" * 16, b"data")
