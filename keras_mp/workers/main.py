@@ -32,6 +32,7 @@ from keras_mp.memory.files import create_memory_file
 from keras_mp.memory.segment import map_privately
 from keras_mp.memory.slot_writer import SlotWriter
 from keras_mp.plan.request import Request
+from keras_mp.workers.allocator import keep_freed_memory
 from keras_mp.workers.messages import (
     EXIT_NO_DESCRIPTOR,
     NO_DESCRIPTOR,
@@ -281,6 +282,7 @@ def main(arguments: list[str]) -> None:
     if said:  # by a sitecustomize, or the interpreter
         os.write(2, said)
     faulthandler.enable()
+    keep_freed_memory()
     frames.send(sock, Ready(os.getpid(), _write_where_on_signal()))
     try:
         Worker(sock).serve()
