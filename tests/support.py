@@ -70,7 +70,7 @@ def assert_same(one: Any, other: Any, flag: str) -> None:
         assert list(one) == list(other)
         for key in other:
             assert_same(one[key], other[key], flag)
-    elif isinstance(other, tuple):
+    elif isinstance(other, list | tuple):
         for part, another in zip(one, other, strict=True):
             assert_same(part, another, flag)
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import copy
 import dataclasses
 import weakref
 from typing import Any, Literal
@@ -21,7 +20,6 @@ from keras_mp.engines.threads import ThreadsEngine
 from keras_mp.errors import short_repr
 from keras_mp.loading.base import Loader
 from keras_mp.loading.recording import Recorder
-from keras_mp.plan.views import replace_arrays
 
 _LEAST_IN_FLIGHT = 10
 
@@ -190,12 +188,10 @@ class EngineChoice:
         else:
             pool = self.pool if isinstance(self.pool, WorkerPool) else shared_pool(self.workers)
         engine = pool.client(loader, self.timeout_s, recorder, tuned=self.is_auto)
-        shared = replace_arrays(loader.source, engine.shared_view)
-        if shared is not loader.source:
-            loader = copy.copy(loader)
-            loader.source = shared  # the original may go, if the user does not keep it
-            engine.update(loader)
-        return Running(engine, loader, pool)
+        shared = loader.sharing(engine.shared_view)
+        if shared is not loader:  # the original arrays may go, if the user does not keep them
+            engine.update(shared)
+        return Running(engine, shared, pool)
 
     def _backend(self) -> Backend | None:
         """The executor or cluster, if it is one that was given."""

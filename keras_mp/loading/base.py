@@ -7,7 +7,10 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import numpy.typing as npt
 
 from keras_mp.errors import KerasMPError, SampleFailure, sample_error
 from keras_mp.loading.randomness import Generators, Seeder
@@ -15,6 +18,7 @@ from keras_mp.loading.timing import SlowestSamples, StageTimes, Work
 from keras_mp.memory import pickling
 from keras_mp.memory.files import Descriptor
 from keras_mp.plan.request import Request
+from keras_mp.plan.views import replace_leaves
 
 SAMPLES_DONE = -2  # the position that is reported when all samples have been read, and the batch is put together
 
@@ -106,6 +110,22 @@ class Loader:
             for field in dataclasses.fields(self):  # type: ignore[arg-type]  # every loader is a dataclass
                 pickling.dump_user_object(getattr(self, field.name), field.name)
             raise
+
+    def sharing(self, shared_view: Callable[[npt.NDArray[Any]], npt.NDArray[Any] | None]) -> Self:
+        """The loader with the arrays of its source replaced by what `shared_view` gives for them, if that is not None.
+
+        It is this one if there are none.
+        """
+
+        def replace(leaf: Any) -> Any:
+            return shared_view(leaf) if isinstance(leaf, np.ndarray) else None
+
+        source = replace_leaves(self.source, replace)
+        if source is self.source:
+            return self
+        other = copy.copy(self)
+        other.source = source
+        return other
 
     @functools.cached_property
     def slowest(self) -> SlowestSamples:

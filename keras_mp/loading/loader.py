@@ -10,11 +10,13 @@ What the transform gets from an array or a list is its own copy: it may write in
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
+import numpy.typing as npt
 
 from keras_mp.checks import length_of
 from keras_mp.errors import sample_error, short_repr
@@ -26,9 +28,11 @@ from keras_mp.loading.padding import Padding
 from keras_mp.loading.randomness import Key, Seeder, takes_rng
 from keras_mp.loading.timing import BATCH_TRANSFORM, CACHE, COLLATE, LOAD, SOURCE, STAGES, TRANSFORM, StageTimes
 from keras_mp.memory.files import Descriptor
+from keras_mp.memory.packed import ListPacker
+from keras_mp.memory.pickling import Buffers
 from keras_mp.plan.request import Request
 from keras_mp.plan.seeds import Stream, seed_sequence
-from keras_mp.plan.views import is_in_memory, is_plain
+from keras_mp.plan.views import is_in_memory, is_plain, replace_leaves
 
 OnError = Literal["raise", "skip", "replace"]
 
@@ -78,6 +82,7 @@ class SampleLoader(Loader):
 
     def __post_init__(self) -> None:
         self._namespace = b""
+        self._packer = ListPacker()
         self._transform_takes_rng = takes_rng(self.transform)
         self._batch_transform_takes_rng = takes_rng(self.batch_transform)
         self._copies = is_in_memory(self.source) and bool(self.transform or self.load_sample or not self.stacks)
@@ -89,6 +94,19 @@ class SampleLoader(Loader):
         if self.cache is not None:
             state["_namespace"] = self.cache.namespace(self.load_sample, self.source)
         return state
+
+    def dump(self, buffers: Buffers) -> bytes:
+        source = replace_leaves(self.source, self._packer.pack)
+        if source is self.source:
+            return super().dump(buffers)
+        sent = copy.copy(self)
+        sent.source = source
+        sent._copies &= is_in_memory(source)
+        return super(SampleLoader, sent).dump(buffers)
+
+    def sharing(self, shared_view: Callable[[npt.NDArray[Any]], npt.NDArray[Any] | None]) -> Self:
+        self._packer.share(shared_view)
+        return super().sharing(shared_view)
 
     def open(self) -> None:
         if self.cache is not None:

@@ -14,6 +14,7 @@ import threading
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from keras_mp.errors import KerasMPError, short_repr
 from keras_mp.memory.code import CodePickler
@@ -59,6 +60,9 @@ class _UserPickler(CodePickler):
         if keras is not None and isinstance(obj, type) and obj is keras.utils.PyDataset:
             # A class defined in a script or notebook travels by value; its base need not cost the worker keras.
             return _py_dataset_stand_in, ()
+        torch = sys.modules.get("torch")
+        if torch is not None and type(obj) is torch.Tensor and (memory := _tensor_memory(torch, obj)) is not None:
+            return _make_tensor, (memory, str(obj.dtype).partition(".")[2], obj.requires_grad)
         if isinstance(obj, _LOCK):  # of whatever it protects, each worker has a copy, which nobody is at
             return threading.Lock, ()
         if isinstance(obj, _RLOCK):
@@ -69,6 +73,28 @@ class _UserPickler(CodePickler):
                 return _open_memmap, place
             return np.asarray(obj).__reduce_ex__(5)
         return super().reducer_override(obj)
+
+
+def _tensor_memory(torch: Any, tensor: Any) -> npt.NDArray[Any] | None:
+    """A tensor's memory as an array, which travels out of band as any; None of one that is not just an array."""
+    if tensor.device.type != "cpu" or tensor.layout is not torch.strided or tensor.is_quantized:
+        return None
+    if not tensor.is_leaf or vars(tensor):
+        return None
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    if plain.dtype is torch.bfloat16:  # which NumPy has not
+        plain = plain.view(torch.int16)
+    try:
+        array: npt.NDArray[Any] = plain.numpy()
+    except (TypeError, RuntimeError):
+        return None
+    return array
+
+
+def _make_tensor(array: npt.NDArray[Any], dtype: str, requires_grad: bool) -> Any:
+    import torch
+
+    return torch.from_numpy(array).view(getattr(torch, dtype)).requires_grad_(requires_grad)
 
 
 class PyDatasetStandIn:

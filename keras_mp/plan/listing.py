@@ -33,7 +33,7 @@ class Listing:
         class_names: the classes in the order of their numbers; None without labels.
     """
 
-    paths: list[str]
+    paths: Sequence[str]
     labels: np.ndarray[Any, Any] | None
     class_names: list[str] | None
 

@@ -7,6 +7,7 @@ of their arrays that are large lie in shared memory once, however many views loo
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any, Self
@@ -16,6 +17,7 @@ import numpy.typing as npt
 
 from keras_mp import checks
 from keras_mp.errors import short_repr
+from keras_mp.plan.listing import Listing
 from keras_mp.plan.orders import classes_of
 from keras_mp.plan.seeds import Stream, seed_sequence
 from keras_mp.plan.shuffle import Indices
@@ -139,22 +141,25 @@ def is_plain(source: Any) -> bool:
     return type(source) in (np.ndarray, np.memmap, list, tuple, range)
 
 
-def replace_arrays(source: Any, replace: Callable[[npt.NDArray[Any]], npt.NDArray[Any] | None]) -> Any:
-    """The same source with its arrays replaced by equal ones; equal arrays by one.
+def replace_leaves(source: Any, replace: Callable[[Any], Any]) -> Any:
+    """The same source with its arrays and lists replaced by equal ones; what stands in it twice, by one.
 
     Args:
-        source: an array, a view, or any other source, in which nothing is replaced.
-        replace: gives the array for another, or None: it stays.
+        source: an array, a list, a view, the files of a folder, or any other source, in which nothing is replaced.
+        replace: gives what is to stand in the place of an array or list, or None: it stays.
     """
     return _replaced(source, replace, {})
 
 
-def _replaced(source: Any, replace: Callable[[npt.NDArray[Any]], npt.NDArray[Any] | None], made: dict[int, Any]) -> Any:
-    # Not a function within `replace_arrays`: one that calls itself is a cycle, which would keep what `replace` holds.
+def _replaced(source: Any, replace: Callable[[Any], Any], made: dict[int, Any]) -> Any:
+    # Not a function within `replace_leaves`: one that calls itself is a cycle, which would keep what `replace` holds.
     if id(source) not in made:
         made[id(source)] = source
-        if type(source) is np.ndarray and (array := replace(source)) is not None:
-            made[id(source)] = array
+        if type(source) in (np.ndarray, list, tuple) and (other := replace(source)) is not None:
+            made[id(source)] = other
+        elif isinstance(source, Listing):
+            if (paths := _replaced(source.paths, replace, made)) is not source.paths:
+                made[id(source)] = dataclasses.replace(source, paths=paths)
         elif isinstance(source, View):
             sources = tuple(_replaced(each, replace, made) for each in source.sources)
             if any(map(operator.is_not, sources, source.sources)):

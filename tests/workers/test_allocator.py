@@ -43,9 +43,10 @@ def test_what_is_kept_is_bounded() -> None:
     assert kept < 300
 
 
-@pytest.mark.parametrize(
-    "settings", [{"MALLOC_MMAP_THRESHOLD_": "131072"}, {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=131072"}], ids=str
-)
+_SETTINGS = [{"MALLOC_MMAP_THRESHOLD_": "131072"}, {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=131072"}]
+
+
+@pytest.mark.parametrize("settings", _SETTINGS, ids=str)
 def test_the_users_own_settings_win(settings: dict[str, str]) -> None:
     (kept,) = _held_after([1], settings)
     assert kept < 20
