@@ -29,7 +29,7 @@ class Folder(Samples):
 def augment(image: Array) -> Array:
     """A user's own augmentation, say: 5 ms of Python that holds the GIL."""
     spin(_SPIN_5_MS)
-    return image[:, ::-1]
+    return image[:, ::-1].copy()
 
 
 @dataclass

@@ -48,8 +48,10 @@ def _faster(workload: str, loader: str, key: str = "epoch_s", **than: float) -> 
 _BOTH = ("ours-export", "ours-fit")
 
 TARGETS: list[Target] = [
-    *_faster("big", "ours-export", keras_pool=25, torch=4, grain=15, hf=80, limit=0.8),
-    *_faster("big", "ours-fit", keras_pool=15, torch=2),
+    *_faster("big", "ours-export", torch=3, limit=0.5),
+    *_faster("big", "ours-fit", torch=2),
+    *_faster("big", "ours-export-empty", keras_pool=25, torch=4, grain=15, hf=80, limit=0.8),
+    *_faster("big", "ours-fit-empty", keras_pool=15, torch=2),
     *(target for name in ("python", "satellite") for loader in _BOTH for target in _faster(name, loader, limit=0.95)),
     *_faster("small", "ours-export", torch=2.5, grain=4),
     Target("small", "ours-export", 150, key="batch_us", unit=" us"),

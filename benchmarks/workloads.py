@@ -19,14 +19,16 @@ STREAMING = (
     "tf-map",
     "recipe",
     "torch",
+    "spdl",
     "grain",
     "hf",
     "ours-fit",
     "ours-export",
 )
-_POOLS = ("keras-pool", "torch", "grain", "hf", "ours-fit", "ours-export")
+_POOLS = ("keras-pool", "torch", "spdl", "grain", "hf", "ours-fit", "ours-export")
+_IN_SLOT = ("ours-fit-empty", "ours-export-empty")
 _POOLS_AND_LIMIT = ("limit", *_POOLS)
-_FOLDER = ("limit", "keras-dir", "torch", "ours-fit", "ours-export")
+_FOLDER = ("limit", "keras-dir", "torch", "torch-batch", "ours-fit", "ours-export")
 _TRAINING = ("limit", "in-process", "keras-pool", "tf-map", "recipe", "torch", "ours-fit", "ours-export")
 
 
@@ -126,17 +128,23 @@ def _scale(workers: int) -> Workload:
 
 
 _ALL = (
-    Workload("satellite", "Sentinel-2 tiles, real files", _satellite, (64, 8), (1, 1), _TRAINING),
+    Workload("satellite", "Sentinel-2 tiles, real files", _satellite, (64, 8), (1, 1), (*_TRAINING, "torch-batch")),
     Workload("folder", "JPEGs of 500x375 to 256x256", _photographs, (24, 8), (2, 1), _FOLDER),
     Workload("folder-python", "the same, 5 ms of Python an image", _augmented_photographs, (12, 6), (2, 1), _FOLDER),
     Workload("python", "about 45 ms of pure Python a batch", lambda n: Spin(n, _SPIN_45_MS), (240, 24), (1, 2)),
-    Workload("big", "64x224x224x3 float32, 38.5 MB", lambda n: Fill(n, (64, 224, 224, 3)), (32, 16)),
+    Workload(
+        "big",
+        "64x224x224x3 float32, 38.5 MB",
+        lambda n: Fill(n, (64, 224, 224, 3)),
+        (32, 16),
+        loaders=(*STREAMING, *_IN_SLOT),
+    ),
     Workload(
         "uint8",
         "64x224x224x3 uint8, 9.6 MB",
         lambda n: Fill(n, (64, 224, 224, 3), "uint8"),
         (64, 32),
-        loaders=_POOLS_AND_LIMIT,
+        loaders=(*_POOLS_AND_LIMIT, *_IN_SLOT),
     ),
     Workload("small", "32x128 float32, no work", lambda n: Fill(n, (32, 128)), (2000, 600)),
     Workload(

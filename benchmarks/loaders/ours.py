@@ -17,7 +17,7 @@ def _augmented(augment: Any, sample: Any) -> Any:
     return augment(image), label
 
 
-def _dataset(work: Work, workers: int, pool: Any = None) -> Any:
+def _dataset(work: Work, workers: int, pool: Any = None, in_slot: bool = False) -> Any:
     options: dict[str, Any] = {"workers": workers, "max_queue_size": max(10, 2 * workers), "pool": pool}
     if isinstance(work, Folder):
         transform = None if work.augment is None else functools.partial(_augmented, work.augment)
@@ -26,13 +26,19 @@ def _dataset(work: Work, workers: int, pool: Any = None) -> Any:
         )
     if isinstance(work, Samples):
         return keras_mp.PoolDataset(work.source, work.transform, batch_size=work.batch_size, **options)
-    if isinstance(work, Fill):
+    if in_slot and isinstance(work, Fill):
         work = dataclasses.replace(work, allocate=keras_mp.empty)
     return keras_mp.parallelize(work, **options)
 
 
 def dataset(work: Work, workers: int, epochs: int) -> Feed:
     data = _dataset(work, workers)
+    return Feed(data, close=data.close)
+
+
+def in_slot(work: Work, workers: int, epochs: int) -> Feed:
+    """The same for code that makes its arrays by `keras_mp.empty` in place of `np.empty`."""
+    data = _dataset(work, workers, in_slot=True)
     return Feed(data, close=data.close)
 
 
@@ -62,4 +68,9 @@ def over_ray(work: Work, workers: int, epochs: int) -> Feed:
 
 def export(work: Work, workers: int, epochs: int) -> Feed:
     data = _dataset(work, workers)
+    return Feed(data.to_tf_dataset(epochs=epochs), spans_epochs=True, close=data.close)
+
+
+def export_in_slot(work: Work, workers: int, epochs: int) -> Feed:
+    data = _dataset(work, workers, in_slot=True)
     return Feed(data.to_tf_dataset(epochs=epochs), spans_epochs=True, close=data.close)
