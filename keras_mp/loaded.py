@@ -17,6 +17,7 @@ from keras_mp.looks import others, requests_of
 from keras_mp.plan.position import Position
 from keras_mp.plan.progress import Progress
 from keras_mp.plan.state import check_version, dump_state, load_state
+from keras_mp.report.footprint import Footprint
 from keras_mp.report.report import Report
 from keras_mp.stats import KERAS_POOL, HandedOut, Stats, Training
 from keras_mp.trace import MAX_EVENTS, Trace
@@ -286,7 +287,8 @@ class LoadedDataset(Bridge):
             A `keras_mp.Report`: print it, show it in a notebook, `.save("report.html")`, `.advice`.
         """
         training = self.training if since is None else None
-        return Report(repr(self), self.stats(since), training, checks.usable_cores())
+        stats = self.stats(since)
+        return Report(repr(self), stats, training, checks.usable_cores(), Footprint.of(stats.pids))
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the report so far."""

@@ -6,8 +6,9 @@ a step's length is not, the sentences name `PipelineMonitor`, which measures it.
 
 from __future__ import annotations
 
+from keras_mp.report.footprint import Footprint
 from keras_mp.report.load import Load
-from keras_mp.report.words import capital, count, listed, seconds
+from keras_mp.report.words import capital, count, listed, seconds, size
 from keras_mp.stats import KERAS_POOL, Stats, Training
 
 HARDLY_WAITS = 0.1  # share of the time
@@ -35,13 +36,14 @@ _REMEDIES = {
 }
 
 
-def advise(stats: Stats, training: Training | None, cores: int) -> list[str]:
+def advise(stats: Stats, training: Training | None, cores: int, footprint: Footprint | None = None) -> list[str]:
     """What the numbers say, in sentences, the most important first.
 
     Args:
         stats: of the dataset.
         training: what `PipelineMonitor` measured, if it did.
         cores: that may be used.
+        footprint: of the workers, where it is known.
     """
     if stats.engine == KERAS_POOL:
         return [
@@ -51,7 +53,7 @@ def advise(stats: Stats, training: Training | None, cores: int) -> list[str]:
     if stats.loaded_batches == 0:
         return ["Nothing has been loaded yet: train on the dataset or iterate over it, then ask again."]
     load = Load.of(stats, training, cores)
-    sentences = [*_about_waiting(stats, load), *_about_starts(load), *_about_faults(stats)]
+    sentences = [*_about_waiting(stats, load), *_about_starts(load), *_about_faults(stats), *_about_imports(footprint)]
     if stats.batches < _FEW_BATCHES:
         sentences.append(f"These are the numbers of {count(stats.batches, 'batch', 'batches')}: too few to rely on.")
     return sentences
@@ -209,6 +211,17 @@ def _about_faults(stats: Stats) -> list[str]:
             "perhaps for want of memory."
         )
     return sentences
+
+
+def _about_imports(footprint: Footprint | None) -> list[str]:
+    if footprint is None or not footprint.frameworks:
+        return []
+    names, own = " and ".join(footprint.frameworks), size(footprint.own_bytes)
+    return [
+        f"The workers have imported {names}: each holds {own} of its own, and starts seconds later. The module that "
+        "the dataset's code is in does that, or one that it imports (keras imports its backend). Functions that need "
+        "none of it belong into a module of their own: see docs/workers.md."
+    ]
 
 
 def _workers(load: Load, start: bool = True) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from keras_mp.report import page, rows
 from keras_mp.report.advice import advise
+from keras_mp.report.footprint import Footprint
 from keras_mp.stats import Stats, Training
 
 if TYPE_CHECKING:
@@ -29,24 +30,29 @@ class Report:
         stats: its numbers.
         training: what `PipelineMonitor` measured of the last epoch of `fit`; None where it was not used.
         cores: that this process and its workers may use.
+        footprint: memory that the workers have of their own; None where that is not known.
     """
 
     name: str
     stats: Stats
     training: Training | None
     cores: int
+    footprint: Footprint | None = None
 
     @property
     def advice(self) -> list[str]:
         """What the numbers say, in sentences, the most important first."""
-        return advise(self.stats, self.training, self.cores)
+        return advise(self.stats, self.training, self.cores, self.footprint)
+
+    def _facts(self) -> list[tuple[str, str]]:
+        return rows.facts(self.stats, self.training, self.cores, self.footprint)
 
     def html(self) -> str:
         """The report as a piece of HTML, as a notebook shows it: tables, and plots as inline SVG."""
         return page.fragment(
             self.name,
             self.advice,
-            rows.facts(self.stats, self.training, self.cores),
+            self._facts(),
             self.stats,
             self.training,
             self.cores,
@@ -94,7 +100,10 @@ class Report:
         for sentence in self.advice:
             advice.add_row("→", Text(sentence))
         parts.append(advice)
-        parts += [Text(""), _table(["", ""], rows.facts(self.stats, self.training, self.cores), headed=False)]
+        parts += [
+            Text(""),
+            _table(["", ""], self._facts(), headed=False),
+        ]
         if stages := rows.stage_rows(self.stats):
             parts += [Text(""), _table(["stage", "total", "a batch", "share", "slowest samples"], stages)]
         if workers := rows.worker_shares(self.stats, self.training):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from keras_mp.report.footprint import Footprint
 from keras_mp.report.load import Load
 from keras_mp.report.words import count, listed, seconds, share, size
 from keras_mp.stats import Stats, Training
@@ -10,7 +11,9 @@ MOST_WORKERS = 16  # with a line each
 _SLOWEST = 3
 
 
-def facts(stats: Stats, training: Training | None, cores: int) -> list[tuple[str, str]]:
+def facts(
+    stats: Stats, training: Training | None, cores: int, footprint: Footprint | None = None
+) -> list[tuple[str, str]]:
     """What was loaded, who waited, what is known of a step: names and values."""
     load = Load.of(stats, training, cores)
     rows = [("batches are loaded by", _engine(stats)), ("cores", str(cores))]
@@ -34,6 +37,9 @@ def facts(stats: Stats, training: Training | None, cores: int) -> list[tuple[str
         rows.append(("workers were busy", f"{share(load.busy)} of the time"))
     if stats.slots:
         rows.append(("shared memory", f"{size(stats.slot_bytes)} in {count(stats.slots, 'slot')}"))
+    if footprint is not None:
+        names = f", {' and '.join(footprint.frameworks)} included" if footprint.frameworks else ""
+        rows.append(("a worker's own memory", f"{size(footprint.own_bytes)}{names}"))
     named = (
         ("failed samples", stats.failures),
         ("second tries of samples", stats.retries),

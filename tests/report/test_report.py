@@ -224,3 +224,22 @@ def test_it_prints_tables_and_what_the_monitor_measured() -> None:
 def test_a_wrong_path_is_refused(path: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         _report().save(path)
+
+
+def _import_jax(value: float) -> float:
+    import jax
+
+    return value + 0 * len(jax.__version__)
+
+
+def test_it_names_a_framework_that_the_workers_have_imported() -> None:
+    with keras_mp.PoolDataset(np.arange(16.0), batch_size=1, workers=1) as plain:
+        list(plain)
+        assert not any("imported" in sentence for sentence in plain.report().advice)
+        assert "a worker's own memory" in str(plain.report())
+    with keras_mp.PoolDataset(np.arange(16.0), _import_jax, batch_size=1, workers=1) as heavy:
+        list(heavy)
+        report = heavy.report()
+        assert any("The workers have imported JAX: each holds" in sentence for sentence in report.advice)
+        assert "JAX included" in str(report)
+    assert heavy.report().footprint is None  # they are gone
