@@ -1,7 +1,7 @@
 """The README's table of releases that the tests were run on: from pytest's results to `versions.json` and the table.
 
-    python -m tests.versions NAME RESULTS.xml [PYTEST ARGUMENT ...]    what a session of the noxfile calls
-    python -m tests.versions                                           writes the table again
+Sessions of the noxfile call `python -m tests.versions RELEASES RESULTS.xml [PYTEST ARGUMENT ...]`; without arguments,
+the table is written again.
 """
 
 from __future__ import annotations
@@ -90,9 +90,10 @@ def main(arguments: Sequence[str]) -> int:
     failed = 0
     if arguments:
         releases, results, *tests = arguments
-        new = {"releases": releases, "installed": installed(), "tests": tests, **counts(Path(results))}
-        new["date"] = datetime.date.today().isoformat()
-        failed = new["failed"]
+        outcome = counts(Path(results))
+        failed = outcome["failed"]
+        date = datetime.date.today().isoformat()
+        new = {"releases": releases, "installed": installed(), "tests": tests, **outcome, "date": date}
         records = add(records, new)
         RECORDS.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     README.write_text(with_table(README.read_text(encoding="utf-8"), records), encoding="utf-8")
