@@ -4,19 +4,16 @@
 PYTHON ?= python3
 VENV ?= .venv
 BENCH ?=
-KERAS ?=
-TESTS ?=
 SIDE_BY_SIDE ?= --numprocesses auto --maxprocesses 4 --dist worksteal
 BIN := $(VENV)/bin
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-keras bench docs format clean
+.PHONY: help demo test bench docs format clean
 
 help:
 	@echo "make demo    train on real Sentinel-2 tiles and compare the loaders (about two minutes after the downloads)"
 	@echo "make test    ruff, mypy, pytest"
-	@echo "make test-keras KERAS=path   the tests with Keras from a checkout of its source"
 	@echo "make bench   compare with the other data loaders; BENCH=--quick for a short run"
 	@echo "make docs    build the site of guides and API into site/"
 	@echo "make format  let ruff rewrite what it can"
@@ -53,11 +50,6 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
-
-test-keras: $(VENV)/.installed-dev
-	@test -f "$(KERAS)/keras/src/version.py" || { echo "KERAS must be a checkout of keras, got '$(KERAS)'"; exit 2; }
-	PYTHONPATH="$(abspath $(KERAS))" $(BIN)/python -c 'import keras; print("Keras", keras.__version__, keras.__path__)'
-	PYTHONPATH="$(abspath $(KERAS))" $(BIN)/python -m pytest $(SIDE_BY_SIDE) $(TESTS)
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks $(BENCH)

@@ -161,6 +161,7 @@ def check_choice(value: Any, name: str, choices: tuple[Any, ...]) -> Any:
 
 
 _MAX_WORKERS = 4096
+_UNKNOWN_MEMORY_BYTES = 4 << 30  # assumed where the system does not tell (Windows)
 
 
 def usable_cores() -> int:
@@ -176,7 +177,9 @@ def usable_cores() -> int:
 
 def available_memory() -> int:
     """Bytes of memory that this process may still take: what the system has available, within its cgroup's limit."""
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    available = _UNKNOWN_MEMORY_BYTES
+    if hasattr(os, "sysconf"):
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with contextlib.suppress(OSError, ValueError, StopIteration):
         with open("/proc/meminfo") as file:
             available = 1024 * next(int(line.split()[1]) for line in file if line.startswith("MemAvailable:"))

@@ -176,7 +176,7 @@ def test_a_failing_sample_says_what_where_and_why(engine: dict[str, Any]) -> Non
         with pytest.raises(keras_mp.SampleError) as caught:
             dataset[1]
         text = str(caught.value)
-        assert text.startswith("transform failed on sample 7 (np.int64(7)), batch 1 of epoch 2: ValueError: seven is")
+        assert text.startswith(f"transform failed on sample 7 ({_DATA[7]!r}), batch 1 of epoch 2: ValueError: seven is")
         assert "Traceback" in text
         assert "fail_on_seven" in text
         assert isinstance(caught.value, ValueError)

@@ -81,6 +81,7 @@ def test_a_pass_is_served_in_the_order_of_a_plain_loop(way: Way, options: dict[s
 @pytest.mark.parametrize("way", _WAYS.values(), ids=_WAYS)
 def test_a_dataset_that_does_not_shuffle_is_shuffled_by_batches_where_keras_shuffles(way: Way) -> None:
     batches = _plain(_dataset(shuffle=False), 1)[0]
+    random.seed(0)  # of all orders that Keras may ask in, some make two epochs alike
     served = list(_passes(_dataset(shuffle=False), way, 4))
     if way is _in_order:
         assert served == [batches] * 4

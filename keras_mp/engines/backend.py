@@ -8,10 +8,11 @@ from typing import Any, Protocol
 
 from keras_mp.engines import remote
 from keras_mp.engines.isolation import ThreadIsolation, ThreadLoader
-from keras_mp.engines.package import InTask, Key, MemoryFile, Package, Place
+from keras_mp.engines.package import InTask, Key, MemoryFile, Nowhere, Package, Place
 from keras_mp.errors import KerasMPError, PoolClosed, WorkerCrashed
 from keras_mp.loading.base import Loaded, Loader
 from keras_mp.memory import pickling
+from keras_mp.memory.system import missing_for_workers
 from keras_mp.plan.request import Request
 
 
@@ -124,7 +125,7 @@ class ExecutorBackend:
         return self._executor.submit(load, request)
 
     def put(self, package: Package) -> Placed:
-        return _InMemoryFile(package)
+        return _InTasks(package) if missing_for_workers() else _InMemoryFile(package)
 
     def check(self, batch: str) -> None:
         pass  # there is no question that could be asked: it ends its futures itself when its workers are gone
@@ -147,6 +148,22 @@ class _InMemoryFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+class _InTasks:
+    """Where there are no memory files: a worker says that it lacks the package, and gets it with the task."""
+
+    place = Nowhere()
+
+    def __init__(self, package: Package) -> None:
+        self.key = package.key
+        self._package = package.copied()
+
+    def renewed(self) -> Place:
+        return InTask(self._package)
+
+    def close(self) -> None:
+        pass
 
 
 def broken_or_shut_down(error: BaseException, batch: str, name: str) -> BaseException:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import weakref
 from typing import Any, Literal
 
@@ -17,9 +18,10 @@ from keras_mp.engines.inline import InlineEngine
 from keras_mp.engines.processes import WorkerPool, shared_pool
 from keras_mp.engines.readahead import NONE_AHEAD, Limit
 from keras_mp.engines.threads import ThreadsEngine
-from keras_mp.errors import short_repr
+from keras_mp.errors import short_repr, warn_user
 from keras_mp.loading.base import Loader
 from keras_mp.loading.recording import Recorder
+from keras_mp.memory.system import missing_for_workers
 
 _LEAST_IN_FLIGHT = 10
 
@@ -114,6 +116,9 @@ class EngineChoice:
                 f"use_multiprocessing={use_multiprocessing!r} were given; leave them out, or give workers= a number"
             )
         count = check_workers(None if workers == "auto" else workers)
+        if pool is None and use_multiprocessing and count and (missing := missing_for_workers()):
+            _warn_of_threads(missing)
+            use_multiprocessing = is_auto = False
         return cls(
             count,
             use_multiprocessing,
@@ -209,3 +214,13 @@ class EngineChoice:
         else:
             kind = "(in-process)" if self.is_inline else "processes" if self.use_multiprocessing else "threads"
         return f"workers={self.workers} {kind}{', found by itself' if self.is_auto else ''}"
+
+
+@functools.cache  # it is said once, not for each dataset
+def _warn_of_threads(missing: str) -> None:
+    warn_user(
+        f"keras_mp: worker processes cannot run here, as {missing}. Threads load the batches in their place: the data "
+        "is the same, but Python code runs on one core at a time, and timeout= has no effect. Pass a "
+        "concurrent.futures.ProcessPoolExecutor or a Dask client as pool= for processes, or use_multiprocessing=False "
+        "to have threads without this warning."
+    )

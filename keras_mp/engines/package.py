@@ -61,6 +61,10 @@ class Package:
         """Whether the user has left the arrays as they were when it was packed."""
         return _digest(self.body, self.buffers) == self.digest
 
+    def copied(self) -> Package:
+        """The same, whatever the user does to the arrays from now on."""
+        return dataclasses.replace(self, buffers=[buffer.copy() for buffer in self.buffers])
+
     is_held = True
 
     def open(self) -> Package:
@@ -94,6 +98,17 @@ class InTask:
     def open(self) -> Package:
         """The package."""
         return self.package
+
+
+@dataclasses.dataclass(frozen=True)
+class Nowhere:
+    """Place of a package that no worker can get at by itself."""
+
+    is_held = True
+
+    def open(self) -> None:
+        """None, always."""
+        return
 
 
 class NextKey:

@@ -14,8 +14,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from keras_mp.checks import check_count, check_workers
+from keras_mp.errors import KerasMPError
 from keras_mp.loading.base import Loader
 from keras_mp.loading.recording import Recorder
+from keras_mp.memory.system import missing_for_workers
 from keras_mp.workers.client import PoolClient
 from keras_mp.workers.dispatcher import Dispatcher
 from keras_mp.workers.tuning import TunedClient
@@ -34,6 +36,7 @@ class WorkerPool:
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of range.
+        KerasMPError: this system has no such processes (Windows).
     """
 
     def __init__(
@@ -50,6 +53,11 @@ class WorkerPool:
             isinstance(env, Mapping) and all(isinstance(k, str) and isinstance(v, str) for k, v in env.items())
         ):
             raise TypeError(f"env must map str to str, got {env!r}")
+        if missing := missing_for_workers():
+            raise KerasMPError(
+                f"a WorkerPool cannot run its processes here: {missing}. Leave out pool=, and threads load the "
+                "batches; or pass a concurrent.futures.ProcessPoolExecutor or a Dask client as pool="
+            )
         self._dispatcher = Dispatcher(count, env, worker_threads)
         self.end = self._dispatcher.close  # outlives the pool, for whoever drops it and wants to wait
         _dispatchers.add(self._dispatcher)

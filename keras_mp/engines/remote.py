@@ -22,6 +22,7 @@ from keras_mp.loading.base import Loaded, Loader
 from keras_mp.loading.in_process import load_in_process
 from keras_mp.loading.timing import Work
 from keras_mp.memory import pickling
+from keras_mp.memory.system import missing_for_workers
 from keras_mp.plan.request import Request
 from keras_mp.workers.client import PoolClient
 from keras_mp.workers.messages import Failed, failed_batch
@@ -81,9 +82,9 @@ class _Kept:
     def load(self, request: Request) -> Loaded:
         if threading.current_thread() is threading.main_thread():
             return load_in_process(self._loader, request)
-        if not self._isolation.is_exclusive:
+        if not self._isolation.is_exclusive or missing_for_workers():
             loaded = self._in_threads.load(request)
-            if not self._isolation.is_exclusive:
+            if not self._isolation.is_exclusive or missing_for_workers():
                 return loaded
         with self._lock:
             if self._beside is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import mmap
 import os
@@ -14,6 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from keras_mp.memory.system import missing_for_workers
+
 ALIGNMENT = 64  # TensorFlow aliases host memory only at multiples of EIGEN_MAX_ALIGN_BYTES
 
 # Before Python 3.13 each mapping costs a descriptor of its own.
@@ -24,10 +27,12 @@ def create_memory_file(name: str = "keras_mp") -> int:
     """A new anonymous memory file's descriptor; `name` is for whoever looks at the process from outside.
 
     Raises:
-        OSError: no descriptor or memory is left.
+        OSError: no descriptor or memory is left, or the system has no such files.
     """
     if hasattr(os, "memfd_create"):
         return os.memfd_create(name, os.MFD_CLOEXEC)
+    if missing := missing_for_workers():
+        raise OSError(errno.ENOSYS, missing)
     with tempfile.TemporaryFile() as file:  # already unlinked: macOS has no memfd
         return os.dup(file.fileno())
 
@@ -75,6 +80,15 @@ def round_to_page(size: int) -> int:
 def map_file(fd: int, size: int, **options: int) -> npt.NDArray[np.uint8]:
     """A file in memory as bytes; `options` are those of `mmap`."""
     return np.frombuffer(mmap.mmap(fd, size, **options, **_KEEP_NO_DESCRIPTOR), dtype=np.uint8)
+
+
+def read_into(fd: int, memory: npt.NDArray[np.uint8], offset: int) -> int:
+    """Reads bytes of a file from `offset` on, as many as `memory` has room for; returns how many came."""
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [memory.data], offset)
+    data = os.pread(fd, memory.nbytes, offset)  # macOS before 11
+    memory[: len(data)] = np.frombuffer(data, np.uint8)
+    return len(data)
 
 
 def align(offset: int) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 _LENGTH = struct.Struct("<Q")
 _MAX_FDS = 4
 _RECV_BYTES = 1 << 16
+_CLOSE_AT_EXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)  # macOS has neither of the two
 _NO_SIGNAL = getattr(socket, "MSG_NOSIGNAL", 0)  # for programs that let SIGPIPE end them
 
 
@@ -43,7 +44,9 @@ def send(sock: socket.socket, message: Any, fds: Sequence[int] = ()) -> None:
 
 def receive(sock: socket.socket) -> tuple[Any, list[int]] | None:
     """Blocks for one frame: the message and the descriptors that came with it. None when the peer is gone."""
-    prefix, fds, _, _ = socket.recv_fds(sock, _LENGTH.size, _MAX_FDS, getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+    prefix, fds, _, _ = socket.recv_fds(sock, _LENGTH.size, _MAX_FDS, _CLOSE_AT_EXEC)
+    for fd in fds if not _CLOSE_AT_EXEC else ():
+        os.set_inheritable(fd, False)
     if not prefix:
         return None
     rest = _exactly(sock, _LENGTH.size - len(prefix))

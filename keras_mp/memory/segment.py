@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from keras_mp.memory.files import create_memory_file, map_file
+from keras_mp.memory.files import create_memory_file, map_file, read_into
 
 _PIECE_BYTES = 1 << 18  # compared at once
 
@@ -93,7 +93,7 @@ class Segment:
         ours = np.empty(min(data.nbytes, _PIECE_BYTES), dtype=np.uint8)
         for start in range(0, data.nbytes, _PIECE_BYTES):
             piece = data[start : start + _PIECE_BYTES]
-            if os.preadv(self.fd, [ours[: piece.nbytes].data], offset + start) != piece.nbytes:
+            if read_into(self.fd, ours[: piece.nbytes], offset + start) != piece.nbytes:
                 return False
             if not np.array_equal(ours[: piece.nbytes], piece):
                 return False

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from keras_mp.memory.files import Descriptor, create_memory_file, create_roll, round_to_page
+from keras_mp.memory.files import Descriptor, create_memory_file, create_roll, read_into, round_to_page
 
 _ROW = struct.Struct("<16sQQ")  # key, offset, bytes; then the check sum
 _ROW_BYTES = 64
@@ -77,7 +77,7 @@ class SharedStore:
         data = np.empty(size, np.uint8)
         done = 0
         while done < size:
-            count = os.preadv(self.fds[0], [data[done:].data], self._base + offset + done)
+            count = read_into(self.fds[0], data[done:], self._base + offset + done)
             if not count:
                 return None
             done += count

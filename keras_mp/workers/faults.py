@@ -13,9 +13,6 @@ from keras_mp.loading.loader import SampleLoader
 from keras_mp.plan.request import Request
 from keras_mp.workers.messages import EXIT_NO_DESCRIPTOR
 
-# Exit codes that say nothing against a batch that the worker had not begun: somebody else's signals, and no descriptor.
-_OUTSIDE_EXITS = (-signal.SIGKILL, -signal.SIGTERM, EXIT_NO_DESCRIPTOR)
-
 _PLAIN_TYPES = (str, bytes, int, float, type(pathlib.Path()))  # whose repr runs no code of the user's
 
 
@@ -39,7 +36,10 @@ class WorkerEnd:
     @property
     def is_from_outside(self) -> bool:
         """Whether it may well have been somebody else's doing, and not that of the code which it ran."""
-        return self.was_stopped if self.cause == "late" else self.exit_code in _OUTSIDE_EXITS
+        if self.cause == "late":
+            return self.was_stopped
+        # They say nothing against a batch that the worker had not begun: somebody else's signals, and no descriptor.
+        return self.exit_code in (-signal.SIGKILL, -signal.SIGTERM, EXIT_NO_DESCRIPTOR)
 
     @property
     def lacked_descriptor(self) -> bool:

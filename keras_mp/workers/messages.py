@@ -18,7 +18,7 @@ from keras_mp.memory import pickling
 from keras_mp.plan.request import Request
 
 # The exit code of a worker to which the kernel could give no descriptor.
-EXIT_NO_DESCRIPTOR = os.EX_TEMPFAIL
+EXIT_NO_DESCRIPTOR = 75  # EX_TEMPFAIL of sysexits.h
 # What the system says when it has none, for this process or for all.
 NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
 

@@ -63,6 +63,7 @@ class Process:
         setup = Setup([*(p for p in extra_path if p not in sys.path), *sys.path], python_path)
         self.ready = False
         self._where_fd = -1
+        self._is_stopped = False
         self.started = self.ready_at = time.monotonic()
         self.killed_at: float | None = None
         self._stderr_file = self._lifeline = -1
@@ -125,7 +126,8 @@ class Process:
     def is_stopped(self) -> bool:
         """Whether the process is stopped (SIGSTOP), which no socket ever tells."""
         if not hasattr(os, "waitid"):
-            return False
+            self._follow()
+            return self._is_stopped
         try:
             status = os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
@@ -137,11 +139,25 @@ class Process:
         if self._popen.returncode is not None:
             return True
         if not hasattr(os, "waitid"):
+            self._follow()
             return self._popen.poll() is not None
         try:
             return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
         except ChildProcessError:  # the program has its children reaped by the system (SIGCHLD is ignored)
             return True
+
+    def _follow(self) -> None:
+        """Takes what the system tells of the process, each change once (macOS before Python 3.13)."""
+        while self._popen.returncode is None:
+            try:
+                pid, status = os.waitpid(self.pid, os.WNOHANG | os.WUNTRACED | os.WCONTINUED)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            self._is_stopped = os.WIFSTOPPED(status)
+            if os.WIFEXITED(status) or os.WIFSIGNALED(status):
+                self._popen.returncode = os.waitstatus_to_exitcode(status)
 
     def ends_by(self, deadline: float) -> bool:
         """Waits until the process has ended; whether it has by `deadline`, a time of `time.monotonic`."""

@@ -443,7 +443,7 @@ def test_a_folder_that_is_read_only(tmp_path: Path, caplog: pytest.LogCaptureFix
         import numpy as np
         import keras_mp, keras_mp.dataset  # all of it now: who we become may not read it
 
-        logging.basicConfig(format="%(message)s", stream=sys.stdout)
+        logging.basicConfig(format="%(message)s", stream=sys.stdout, force=True)  # absl may have set it up
         if os.getuid() == 0:
             os.setgroups([]), os.setgid(65534), os.setuid(65534)
 

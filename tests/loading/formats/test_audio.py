@@ -144,9 +144,21 @@ def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+_PADS_SCALAR_LABELS_ONLY = pytest.mark.skipif(
+    tuple(map(int, keras.__version__.split(".")[:2])) < (3, 15),
+    reason=f"Keras {keras.__version__} raises an error itself, where sounds have no label, or one that is no scalar",
+)
+
+
 @pytest.mark.parametrize(
     "options",
-    [{}, {"output_sequence_length": 70}, {"batch_size": None}, {"labels": None}, {"label_mode": "binary"}],
+    [
+        {},
+        {"output_sequence_length": 70},
+        {"batch_size": None},
+        pytest.param({"labels": None}, marks=_PADS_SCALAR_LABELS_ONLY),
+        pytest.param({"label_mode": "binary"}, marks=_PADS_SCALAR_LABELS_ONLY),
+    ],
     ids=str,
 )
 def test_batches_are_those_of_keras(sounds: Path, options: dict[str, Any]) -> None:
