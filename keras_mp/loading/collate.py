@@ -306,7 +306,17 @@ def as_leaf(value: Any, path: str) -> npt.NDArray[Any]:
         array = np.empty((), dtype=object)
         array[()] = value
         return array
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except (RuntimeError, TypeError) as error:  # a tensor that needs a gradient, is on a GPU, or of bfloat16
+        raise TypeError(
+            f"{path} is {type_in_words(value)}, of which NumPy can make no array: {error}; convert it in `transform`"
+        ) from error
+    if hasattr(value, "toarray"):
+        raise TypeError(
+            f"{path} is {type_in_words(value)}, which is sparse and cannot be stacked; return an array of it from "
+            "`transform`: sample.toarray() of a sparse array's row, sample.toarray()[0] of a sparse matrix's"
+        )
     if array.dtype.hasobject and not isinstance(value, np.ndarray) and not hasattr(value, "__array__"):
         raise TypeError(
             f"{path} is {type_in_words(value)}, which cannot be stacked; return arrays, scalars, strings or dicts and "
