@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+NO_SAMPLE = "the transform returned None, or, without a transform, the source; did it forget to return the sample?"
+
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], npt.NDArray[Any]]
 
 
@@ -113,7 +115,7 @@ class Stack:
             ValueError, TypeError: the sample's structure, a leaf's shape or its type differs from the first sample's.
         """
         if sample is None:
-            raise TypeError("the transform returned None; did it forget to return the sample?")
+            raise TypeError(NO_SAMPLE)
         root = self._root or _node(sample, self._capacity, "the first sample of the batch")
         root.put(row, sample)
         self._root = root  # only now: a first sample that fails half-way fixes nothing
@@ -223,7 +225,11 @@ class _Nest(_Node):
         if not fits:
             here = f"keys {list(value) if self._is_map else len(value)}" if is_alike else type_in_words(value)
             there = list(self._children) if self._is_map else f"{len(self._children)} parts"
-            raise ValueError(f"{self.path} has {here}, but {self.basis} has {there}")
+            are_lists = is_alike and issubclass(self._type, list)
+            remedy = (
+                "; if they are lists of numbers, pass `collate=keras_mp.pad()`, which pads them" if are_lists else ""
+            )
+            raise ValueError(f"{self.path} has {here}, but {self.basis} has {there}{remedy}")
         for key, child in self._children.items():
             child.put(row, value[key])
 
