@@ -111,6 +111,9 @@ class _UserPickler(CodePickler):
             if place is not None:
                 return _open_memmap, place
             return np.asarray(obj).__reduce_ex__(5)
+        if isinstance(obj, np.ndarray) and type(obj) is not np.ndarray and _is_pickled_by_numpy(type(obj)):
+            # NumPy pickles the memory of a subclass, such as what pandas' to_records() gives, in band: to be copied.
+            return _view, (obj.view(np.ndarray), type(obj))
         return super().reducer_override(obj)
 
 
@@ -153,6 +156,16 @@ def memmap_place(array: np.memmap[Any, Any]) -> tuple[Any, ...] | None:
     if min(array.strides, default=0) < 0:
         return None
     return os.path.abspath(array.filename), start, array.dtype, array.shape, array.strides
+
+
+def _is_pickled_by_numpy(kind: Any) -> bool:
+    """Whether a subclass of `numpy.ndarray` adds nothing to how it is pickled."""
+    names = ("__reduce_ex__", "__reduce__", "__setstate__")
+    return all(getattr(kind, name) is getattr(np.ndarray, name) for name in names)
+
+
+def _view(array: np.ndarray[Any, Any], kind: type) -> Any:
+    return array.view(kind)
 
 
 def _open_memmap(path: str, start: int, dtype: np.dtype[Any], shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
