@@ -8,10 +8,12 @@ import psutil
 
 @dataclass(frozen=True)
 class Usage:
-    """Megabytes. `total_mb` is the PSS of all processes; `workers_own_mb` leaves out the children's shared memory."""
+    """Megabytes. `total_mb` is the PSS of all processes; `workers_own_mb` leaves out the children's shared memory, and
+    `workers_anonymous_mb` also the files that they have mapped."""
 
     total_mb: float
     workers_own_mb: float
+    workers_anonymous_mb: float
     children: int
 
 
@@ -23,7 +25,7 @@ def _rollup_mb(pid: int) -> dict[str, float]:
 def measure() -> Usage:
     """Read every process of the tree; one that has just ended counts as nothing."""
     me = psutil.Process()
-    total, own, children = _rollup_mb(me.pid)["Pss"], 0.0, 0
+    total, own, anonymous, children = _rollup_mb(me.pid)["Pss"], 0.0, 0.0, 0
     for child in me.children(recursive=True):
         try:
             pages = _rollup_mb(child.pid)
@@ -31,5 +33,6 @@ def measure() -> Usage:
             continue
         total += pages["Pss"]
         own += pages["Pss_Anon"] + pages["Pss_File"]
+        anonymous += pages["Pss_Anon"]
         children += 1
-    return Usage(total, own, children)
+    return Usage(total, own, anonymous, children)

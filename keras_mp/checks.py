@@ -23,13 +23,9 @@ def check_source(source: Any, name: str = "source") -> int:
     if isinstance(source, str | bytes | Mapping | set | frozenset):
         raise TypeError(
             f"{name} must be a sequence of samples, got a {type(source).__name__}: {short_repr(source, 80)}; pass a "
-            "list, such as sorted(directory.glob('*.npy')) or list(mapping.items())"
+            "list, such as sorted(directory.glob('*.npy')) or list(mapping.items()), or one value of a mapping"
         )
-    if hasattr(source, "iloc"):
-        raise TypeError(
-            f"{name} must give a row for [i], but a {type(source).__name__} gives columns; pass "
-            f"{name}.to_dict('records') or {name}.to_records()"
-        )
+    _check_not_a_table(source, name)
     if isinstance(source, tuple) and _is_of_columns(source):
         raise TypeError(
             f"{name} must be a sequence of samples, got {short_repr(source, 120)}, which are {len(source)} arrays and "
@@ -49,6 +45,27 @@ def check_source(source: Any, name: str = "source") -> int:
     return length
 
 
+def _check_not_a_table(source: Any, name: str) -> None:
+    """Refuses what pandas, polars and Arrow have for tables and columns, whose `[i]` is no row.
+
+    Raises:
+        TypeError: it is one; the message says how to get its rows.
+    """
+    kind = type(source).__name__
+    if hasattr(source, "iloc"):
+        if getattr(source, "ndim", 2) == 1:
+            reason = f"but a {kind} is asked by the labels of its index; pass {name}.to_numpy()"
+        else:
+            reason = f"but a {kind} gives columns; pass {name}.to_dict('records') or {name}.to_records(index=False)"
+    elif hasattr(source, "iter_rows") and hasattr(source, "row"):
+        reason = f"but a {kind} gives a {kind}; pass {name}.rows(named=True), or an object whose [i] is its row(i)"
+    elif hasattr(source, "to_pylist") and hasattr(source, "column_names"):
+        reason = f"but a {kind} gives columns; pass {name}.to_pylist(), or a datasets.Dataset of it"
+    else:
+        return
+    raise TypeError(f"{name} must give a row for [i], {reason}. See docs/sources.md")
+
+
 def length_of(source: Any) -> int:
     """How many samples a source has: its `len()`, or `shape[0]` of one that has none (SciPy's csr, Zarr 3).
 
@@ -59,8 +76,8 @@ def length_of(source: Any) -> int:
         return len(source)
     except TypeError:
         shape = getattr(source, "shape", None)
-        if isinstance(shape, tuple) and shape and isinstance(shape[0], int):
-            return shape[0]
+        if isinstance(shape, tuple) and shape and hasattr(shape[0], "__index__"):
+            return operator.index(shape[0])
         raise
 
 

@@ -19,7 +19,7 @@ from keras_mp.loading.cache import SampleCache
 from keras_mp.loading.flows import FlowBatches, is_flow
 from keras_mp.loading.loader import OnError, SampleLoader
 from keras_mp.loading.randomness import takes_rng
-from keras_mp.memory.pickling import dump_user_object
+from keras_mp.memory.pickling import check_user_object
 from keras_mp.plan.batching import ENDLESS, Batching
 from keras_mp.plan.buckets import Buckets
 from keras_mp.plan.orders import DrawnOrder
@@ -84,7 +84,7 @@ class PoolDataset(LoadedDataset):
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of range.
-        KerasMPError: a function cannot be sent to worker processes.
+        KerasMPError: the source or a function cannot be sent to worker processes.
     """
 
     def __init__(
@@ -162,9 +162,9 @@ class PoolDataset(LoadedDataset):
             max_failures=checks.check_max_failures(max_failures),
         )
         if self._choice.shares_pool:
-            for name, function in (("transform", transform), ("collate", collate), ("load", load)):
-                dump_user_object(function, name, [])
-            dump_user_object(batch_transform, "batch_transform", [])
+            functions = {"transform": transform, "collate": collate, "batch_transform": batch_transform, "load": load}
+            for name, value in {**functions, "source": source}.items():
+                check_user_object(value, name)
 
     @property
     def batch_axis(self) -> int | None:
@@ -310,16 +310,16 @@ def parallelize(
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of range.
+        KerasMPError: `py_dataset` cannot be sent to worker processes.
     """
     length = _count_batches(py_dataset)
     batches = FlowBatches(py_dataset) if is_flow(py_dataset) else py_dataset
     loader = BatchLoader(batches, checks.check_seed(seed), checks.check_count(retries, "retries", 0))
+    choice = EngineChoice.of(workers, use_multiprocessing, pool, timeout, max_queue_size, max_queue_bytes)
+    if choice.shares_pool:
+        check_user_object(batches, "py_dataset")
     return _ParallelDataset(
-        py_dataset,
-        loader,
-        Batching(length, 1, seed=loader.seed),
-        EngineChoice.of(workers, use_multiprocessing, pool, timeout, max_queue_size, max_queue_bytes),
-        seed_is_drawn=seed is None,
+        py_dataset, loader, Batching(length, 1, seed=loader.seed), choice, seed_is_drawn=seed is None
     )
 
 

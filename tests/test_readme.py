@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -10,11 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import python_path
+
 _ROOT = Path(__file__).resolve().parents[1]
 _README = (_ROOT / "README.md").read_text(encoding="utf-8")
 _PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _BLOCKS = _PYTHON.findall(_README)
+# A page each of whose blocks is a script of its own, for another package: torch, of these, is not installed by CI.
+_SOURCES = _PYTHON.findall((_ROOT / "docs" / "sources.md").read_text(encoding="utf-8"))
 _GUIDES = [path for path in sorted((_ROOT / "docs").rglob("*.md")) if _PYTHON.search(path.read_text(encoding="utf-8"))]
+_GUIDES.remove(_ROOT / "docs" / "sources.md")
 
 
 def test_readme_has_code() -> None:
@@ -33,13 +39,27 @@ def test_the_code_of_a_guide_runs_from_top_to_bottom(path: Path, tmp_path: Path)
     _run("\n".join(_PYTHON.findall(path.read_text(encoding="utf-8"))), tmp_path)
 
 
-def _run(code: str, folder: Path) -> str:
+@pytest.mark.parametrize("block", _SOURCES, ids=lambda block: _imported(block)[0])
+def test_each_block_of_the_page_on_sources_runs_by_itself(block: str, tmp_path: Path) -> None:
+    for package in _imported(block):
+        if package == "torch" and importlib.util.find_spec(package) is None:
+            pytest.skip("torch is not installed; its wheels are larger than all others of the tests together")
+    _run(block, tmp_path, **({} if "tensorflow" in block else {"KERAS_BACKEND": "numpy"}))  # imported in a moment
+
+
+def _imported(block: str) -> list[str]:
+    """The packages that a block imports, but for keras_mp."""
+    names = re.findall(r"^import ([a-z0-9]+)", block, re.MULTILINE)
+    return [name for name in names if name not in ("keras_mp", "keras", "numpy")] or ["plain"]
+
+
+def _run(code: str, folder: Path, **environment: str) -> str:
     script = folder / "page.py"
     script.write_text(code, encoding="utf-8")
     done = subprocess.run(
         [sys.executable, script],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))},
+        env={**os.environ, "PYTHONPATH": python_path(), **environment},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+NO_SAMPLE = "the transform returned None, or, without a transform, the source; did it forget to return the sample?"
+
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], npt.NDArray[Any]]
 
 
@@ -113,7 +115,7 @@ class Stack:
             ValueError, TypeError: the sample's structure, a leaf's shape or its type differs from the first sample's.
         """
         if sample is None:
-            raise TypeError("the transform returned None; did it forget to return the sample?")
+            raise TypeError(NO_SAMPLE)
         root = self._root or _node(sample, self._capacity, "the first sample of the batch")
         root.put(row, sample)
         self._root = root  # only now: a first sample that fails half-way fixes nothing
@@ -223,7 +225,11 @@ class _Nest(_Node):
         if not fits:
             here = f"keys {list(value) if self._is_map else len(value)}" if is_alike else type_in_words(value)
             there = list(self._children) if self._is_map else f"{len(self._children)} parts"
-            raise ValueError(f"{self.path} has {here}, but {self.basis} has {there}")
+            are_lists = is_alike and issubclass(self._type, list)
+            remedy = (
+                "; if they are lists of numbers, pass `collate=keras_mp.pad()`, which pads them" if are_lists else ""
+            )
+            raise ValueError(f"{self.path} has {here}, but {self.basis} has {there}{remedy}")
         for key, child in self._children.items():
             child.put(row, value[key])
 
@@ -306,7 +312,17 @@ def as_leaf(value: Any, path: str) -> npt.NDArray[Any]:
         array = np.empty((), dtype=object)
         array[()] = value
         return array
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except (RuntimeError, TypeError) as error:  # a tensor that needs a gradient, is on a GPU, or of bfloat16
+        raise TypeError(
+            f"{path} is {type_in_words(value)}, of which NumPy can make no array: {error}; convert it in `transform`"
+        ) from error
+    if hasattr(value, "toarray"):
+        raise TypeError(
+            f"{path} is {type_in_words(value)}, which is sparse and cannot be stacked; return an array of it from "
+            "`transform`: sample.toarray() of a sparse array's row, sample.toarray()[0] of a sparse matrix's"
+        )
     if array.dtype.hasobject and not isinstance(value, np.ndarray) and not hasattr(value, "__array__"):
         raise TypeError(
             f"{path} is {type_in_words(value)}, which cannot be stacked; return arrays, scalars, strings or dicts and "

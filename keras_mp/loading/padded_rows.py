@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from keras_mp.loading.collate import as_leaf, empty, parts_of, type_in_words
+from keras_mp.loading.collate import NO_SAMPLE, as_leaf, empty, parts_of, type_in_words
 from keras_mp.loading.padding import Padding
 from keras_mp.loading.paths import Path, describe_path, pick, unused_keys
 
@@ -61,7 +61,7 @@ class PaddedRows:
                 a leaf is longer than `max_length`.
         """
         if sample is None:
-            raise TypeError("the transform returned None; did it forget to return the sample?")
+            raise TypeError(NO_SAMPLE)
         leaves = dict(_leaves_of(sample))
         spec = _spec_of(leaves)
         if self._spec is None:

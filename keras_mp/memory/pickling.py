@@ -1,7 +1,7 @@
 """Objects on their way between parent and worker: pickle protocol 5 with the bytes of arrays out of band.
 
 How functions and classes of the user's travel is the affair of `code`. `numpy.memmap` is sent as the place in its file,
-never as its bytes. A lock travels as a new one that nobody holds.
+never as its bytes. A lock travels as a new one that nobody holds. An open file does not travel at all.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from keras_mp.memory.code import CodePickler
 _LOCK, _RLOCK = type(threading.Lock()), type(threading.RLock())
 
 Buffers = list[pickle.PickleBuffer]
+
+_CHECKED_BYTES = 1 << 20
 
 
 def dump_result(value: Any, buffers: Buffers) -> bytes:
@@ -45,13 +47,51 @@ def dump_user_object(value: Any, name: str, buffers: Buffers | None = None) -> b
     try:
         _UserPickler(stream, buffers.append if buffers is not None else None).dump(value)
     except Exception as error:
-        raise KerasMPError(
-            f"{name} cannot be sent to worker processes: {type(error).__name__}: {error}\n"
-            f"Received {name}={short_repr(value)}. What cannot be pickled (open files, database handles, generators), "
-            "each worker can open for itself: keras_mp.PerWorker(open_function); or use workers=0 or "
-            "use_multiprocessing=False, which send nothing."
-        ) from error
+        raise _refusal(value, name, error) from error
     return stream.getvalue()
+
+
+def check_user_object(value: Any, name: str) -> None:
+    """Pickles the first megabyte of a source or function of the user's, and keeps nothing: an error comes now.
+
+    What holds a file or a connection shows it there; large data is not pickled once more for it.
+
+    Raises:
+        KerasMPError: as `dump_user_object`.
+    """
+    try:
+        _UserPickler(_FirstBytes(_CHECKED_BYTES), lambda buffer: None).dump(value)
+    except _EnoughBytes:
+        return
+    except Exception as error:
+        raise _refusal(value, name, error) from error
+
+
+def _refusal(value: Any, name: str, error: Exception) -> KerasMPError:
+    return KerasMPError(
+        f"{name} cannot be sent to worker processes: {type(error).__name__}: {error}\n"
+        f"Received {name}={short_repr(value)}. What cannot be pickled (open files, database handles, generators), "
+        "each worker can open for itself: keras_mp.PerWorker(open_function, *arguments), where open_function may be a "
+        "class of yours; or use workers=0 or use_multiprocessing=False, which send nothing."
+    )
+
+
+class _EnoughBytes(Exception):
+    """Ends the pickling."""
+
+
+class _FirstBytes(io.BytesIO):
+    """Forgets what is written to it, and ends the writing after so many bytes. A pickler writes every 64 KB."""
+
+    def __init__(self, nbytes: int) -> None:
+        super().__init__()
+        self._left = nbytes
+
+    def write(self, data: Any) -> int:
+        self._left -= len(data)
+        if self._left < 0:
+            raise _EnoughBytes
+        return len(data)
 
 
 class _UserPickler(CodePickler):
@@ -67,11 +107,17 @@ class _UserPickler(CodePickler):
             return threading.Lock, ()
         if isinstance(obj, _RLOCK):
             return threading.RLock, ()
+        if isinstance(obj, io.TextIOWrapper) and obj not in (sys.stdout, sys.stderr):
+            # cloudpickle would send all of its text, in which the places that `tell` gave are others.
+            raise TypeError(f"cannot pickle the open file {getattr(obj, 'name', obj)!r}")
         if isinstance(obj, np.memmap):
             place = memmap_place(obj)
             if place is not None:
                 return _open_memmap, place
             return np.asarray(obj).__reduce_ex__(5)
+        if isinstance(obj, np.ndarray) and type(obj) is not np.ndarray and _is_pickled_by_numpy(type(obj)):
+            # NumPy pickles the memory of a subclass, such as what pandas' to_records() gives, in band: to be copied.
+            return _view, (obj.view(np.ndarray), type(obj))
         return super().reducer_override(obj)
 
 
@@ -136,6 +182,16 @@ def memmap_place(array: np.memmap[Any, Any]) -> tuple[Any, ...] | None:
     if min(array.strides, default=0) < 0:
         return None
     return os.path.abspath(array.filename), start, array.dtype, array.shape, array.strides
+
+
+def _is_pickled_by_numpy(kind: Any) -> bool:
+    """Whether a subclass of `numpy.ndarray` adds nothing to how it is pickled."""
+    names = ("__reduce_ex__", "__reduce__", "__setstate__")
+    return all(getattr(kind, name) is getattr(np.ndarray, name) for name in names)
+
+
+def _view(array: np.ndarray[Any, Any], kind: type) -> Any:
+    return array.view(kind)
 
 
 def _open_memmap(path: str, start: int, dtype: np.dtype[Any], shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:

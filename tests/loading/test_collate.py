@@ -148,6 +148,23 @@ def test_tensors_of_other_libraries() -> None:
     assert batch[0].tolist() == [[0, 1, 2]] * 2
 
 
+@pytest.mark.parametrize("make", ["requires_grad", "bfloat16"])
+def test_tensors_that_numpy_cannot_take_are_named(make: str) -> None:
+    torch = pytest.importorskip("torch")
+    options = {"requires_grad": True} if make == "requires_grad" else {"dtype": torch.bfloat16}
+    with pytest.raises(
+        TypeError, match=r"sample\['a'\] is of type Tensor, of which NumPy can make no array: .*transform"
+    ):
+        _stack([{"a": torch.ones(2, **options)}])
+
+
+@pytest.mark.parametrize("kind", ["csr_array", "csr_matrix"])
+def test_sparse_rows_are_refused_with_the_way_out(kind: str) -> None:
+    sparse = pytest.importorskip("scipy.sparse")
+    with pytest.raises(TypeError, match=r"sample\[0\] is of type .*, which is sparse .*toarray\(\)"):
+        _stack([(getattr(sparse, kind)(np.eye(3))[1], 1)])
+
+
 _ERRORS: dict[str, tuple[list[Any], type[Exception], list[str]]] = {
     "shape": ([np.zeros((2, 3)), np.zeros((2, 4))], ValueError, ["sample has shape (2, 4), but (2, 3)", "collate="]),
     "deep shape": (
@@ -165,6 +182,8 @@ _ERRORS: dict[str, tuple[list[Any], type[Exception], list[str]]] = {
     "number after string": ([{"a": "x"}, {"a": 1.0}], TypeError, ["sample['a'] has dtype float64, but <U1"]),
     "object": ([(1, object())], TypeError, ["sample[1] is of type object", "collate="]),
     "set": ([{1, 2}], TypeError, ["sample is of type set", "collate="]),
+    "empty list": ([{"a": []}, {"a": [1]}], ValueError, ["sample['a'] has", "0 parts", "keras_mp.pad()"]),
+    "none": ([None], TypeError, ["transform returned None", "source"]),
     "date and number": ([np.datetime64("2020"), 1.5], TypeError, ["sample has dtype float64, but datetime64[Y]"]),
 }
 

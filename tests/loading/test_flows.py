@@ -1,4 +1,4 @@
-"""Iterators of Keras's old `ImageDataGenerator`, which hold a lock and a generator, as workers load them (P1, P2)."""
+"""What old projects have: `Sequence`s, and `ImageDataGenerator`'s iterators, which hold a lock and a generator (P2)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import keras_mp
+from tests.support import assert_alike
 
 
 @pytest.fixture
@@ -62,3 +63,47 @@ def test_random_flips_depend_on_the_seed_alone(generator: Any) -> None:  # P2
             np.testing.assert_array_equal(ours, theirs)
     flipped = [[not np.allclose(row * 255, x[number]) for row, number in zip(*pair, strict=True)] for pair in pairs]
     assert len({tuple(batch) for batch in flipped}) > 1  # each batch has draws of its own
+
+
+def test_unshuffled_batches_are_those_of_the_iterator_itself(images: Path) -> None:
+    tf = pytest.importorskip("tensorflow")
+    rng = np.random.default_rng(0)
+    for number in range(5):  # noise, and in the other format
+        keras.utils.save_img(images / f"class {number % 2}" / f"noise {number}.jpg", rng.random((9, 7, 3)) * 255)
+    generator = tf.keras.preprocessing.image.ImageDataGenerator(rescale=1 / 255)
+
+    def flow() -> Any:
+        return generator.flow_from_directory(images, (6, 6), batch_size=4, shuffle=False, class_mode="sparse")
+
+    theirs = flow()
+    expected = [next(theirs) for _ in range(len(theirs))]
+    assert [len(labels) for _, labels in expected] == [4, 4, 4, 4, 1]
+    for workers in (0, 2):
+        with keras_mp.parallelize(flow(), workers=workers) as dataset:
+            assert_alike([*dataset, *dataset], [*expected, *expected])
+
+
+def test_a_sequence_that_does_not_call_the_constructor_of_its_base_class() -> None:
+    tf = pytest.importorskip("tensorflow")
+
+    class Squares(tf.keras.utils.Sequence):  # type: ignore[misc]
+        def __init__(self, count: int) -> None:
+            self.order = np.arange(count)
+
+        def __len__(self) -> int:
+            return len(self.order) // 4
+
+        def __getitem__(self, index: int) -> Any:
+            numbers = self.order[4 * index : 4 * index + 4]
+            return numbers.astype("float32")[:, None], numbers.astype("float32") ** 2
+
+        def on_epoch_end(self) -> None:
+            self.order = self.order[::-1]
+
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    with keras_mp.parallelize(Squares(12), workers=2) as dataset:
+        first, second = list(dataset), list(dataset)
+        model.fit(dataset, epochs=1, verbose=0)
+    assert np.concatenate([x[:, 0] for x, _ in first]).tolist() == list(range(12))
+    assert np.concatenate([y for _, y in second]).tolist() == [number**2 for number in range(11, -1, -1)]

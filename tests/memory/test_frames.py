@@ -331,6 +331,39 @@ def test_what_cannot_be_pickled_is_named_with_the_way_out(value: Any) -> None:
     assert isinstance(caught.value.__cause__, TypeError)
 
 
+class Marked(np.ndarray[Any, Any]):
+    """A subclass with a pickle of its own."""
+
+    mark = 0
+
+    def __reduce__(self) -> Any:
+        return _marked, (np.asarray(self), self.mark)
+
+
+def _marked(array: Any, mark: int) -> Any:
+    view = array.view(Marked)
+    view.mark = mark
+    return view
+
+
+def test_the_memory_of_an_arrays_subclass_is_not_copied() -> None:
+    """As of what `to_records()` of pandas gives."""
+    records = np.rec.fromarrays([np.arange(1000), np.arange(1000.0)], names="a,b")
+    marked = np.arange(1000).view(Marked)
+    marked.mark = 3
+    for array in (records, marked):
+        buffers: pickling.Buffers = []
+        data = pickling.dump_user_object(array, "source", buffers)
+        assert len(data) < 1000
+        restored = _through_memory(data, buffers)
+        assert type(restored) is type(array)
+        assert restored.dtype == array.dtype
+        np.testing.assert_array_equal(restored, array)
+        assert getattr(restored, "mark", 0) == getattr(array, "mark", 0)
+    strings = np.rec.fromarrays([np.array(["x", "y"], object)], names="a")
+    assert pickle.loads(pickling.dump_user_object(strings, "source"))[1].a == "y"
+
+
 # -- memory maps -----------------------------------------------------------------------------------------------------
 
 _HEADER_BYTES = 128  # of a version 1.0 .npy file with a short header
