@@ -148,7 +148,7 @@ def test_jax_takes_the_memory_over_also_in_a_compiled_function(pool: keras_mp.Wo
 
     @jax.jit
     def total(x: Any) -> Any:
-        return (x * jax.pure_callback(wait, jax.ShapeDtypeStruct((), np.float32), x[0, 0])).sum()
+        return (x * jax.pure_callback(wait, np.zeros((), np.float32), x[0, 0])).sum()
 
     source = np.ones((400, 100), np.float32)
     with keras_mp.PoolDataset(source, batch_size=4, pool=pool, max_queue_size=3) as dataset:

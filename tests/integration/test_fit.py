@@ -317,6 +317,7 @@ def test_a_parallelized_pydataset_as_validation_data(pool: keras_mp.WorkerPool, 
 
 
 @needs_tensorflow
+@pytest.mark.any_backend  # elsewhere, the first epoch goes to build the model
 def test_the_export_of_a_parallelized_pydataset(pool: keras_mp.WorkerPool, model: Recorder) -> None:
     expected, plain = [], _existing()
     for _ in range(3):
@@ -355,7 +356,10 @@ def test_an_epoch_is_read_ahead_from_its_begin_and_its_batches_are_loaded_once(s
 
         def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
             if epoch:  # of the first, Keras looks at two batches beforehand
-                assert sorted(loaded) == list(range(20))
+                assert set(loaded) == set(range(20))
+                # As the pass begins, Keras or torch may draw from a generator that the two threads' code might have
+                # drawn from: what they are at is then loaded again.
+                assert len(loaded) <= 20 + 2
 
     with keras_mp.parallelize(Batches(), workers=2, use_multiprocessing=False) as dataset:
         model = keras.Sequential([keras.layers.Dense(1)])

@@ -190,7 +190,7 @@ def refused(pool: keras_mp.WorkerPool, in_between: bool, validated: bool = False
 
 
 def trained(two: keras_mp.WorkerPool, five: keras_mp.WorkerPool) -> dict[str, Any]:
-    """What came of all fits; their workers are those of two pools, as to start some for each costs more than the fit."""
+    """What came of all fits, on the workers of two pools: to start some for each costs more than the fit."""
     kinds: dict[str, dict[str, Any]] = {
         "in-process": {"workers": 0},
         "threads": {"workers": 2, "use_multiprocessing": False},
