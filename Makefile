@@ -4,7 +4,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BENCH ?=
+# Held at one version, so that tests and figures of different days are of the same peer.
+TORCH := "torch==2.13.0"
 SIDE_BY_SIDE ?= --numprocesses auto --maxprocesses 4 --dist worksteal
+ON_EACH_BACKEND := tests/integration -m "not any_backend"
 BIN := $(VENV)/bin
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -13,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:
 	@echo "make demo    train on real Sentinel-2 tiles and compare the loaders (about two minutes after the downloads)"
-	@echo "make test    ruff, mypy, pytest"
+	@echo "make test    ruff, mypy, pytest on JAX, torch and TensorFlow"
 	@echo "make bench   compare with the other data loaders; BENCH=--quick for a short run"
 	@echo "make docs    build the site of guides and API into site/"
 	@echo "make format  let ruff rewrite what it can"
@@ -30,12 +33,11 @@ $(VENV)/.installed-examples: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet $(TORCH) --editable ".[dev]"
 	@touch $@
 
-# torch is held at one version, so that figures taken on different days compare the same peer.
 $(VENV)/.installed-bench: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet "torch==2.13.0" --editable ".[bench]"
+	$(BIN)/python -m pip install --quiet $(TORCH) --editable ".[bench]"
 	@touch $@
 
 $(VENV)/.installed-docs: pyproject.toml | $(BIN)/python
@@ -45,11 +47,14 @@ $(VENV)/.installed-docs: pyproject.toml | $(BIN)/python
 demo: $(VENV)/.installed-examples
 	$(BIN)/python examples/satellite.py
 
+# The last line is that of the run of all tests, on TensorFlow; Keras has one backend in a process.
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
+	KERAS_BACKEND=jax $(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ON_EACH_BACKEND)
+	KERAS_BACKEND=torch $(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ON_EACH_BACKEND)
+	KERAS_BACKEND=tensorflow $(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks $(BENCH)

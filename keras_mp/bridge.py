@@ -26,7 +26,7 @@ from keras_mp.loading.base import Loaded
 from keras_mp.plan.iteration import Iteration
 from keras_mp.plan.passes import Asked
 from keras_mp.plan.progress import BatchKey
-from keras_mp.tensors import for_tensorflow
+from keras_mp.tensors import for_keras
 
 
 class Bridge(Lifecycle):
@@ -83,7 +83,7 @@ class Bridge(Lifecycle):
                 self._position.hand_out(asked)
                 self._served_so_far.handed_out.add(asked.run is not None)
                 self._prefetch.top_up()
-        return for_tensorflow(batch) if on_tensorflow else batch
+        return for_keras(batch, self._choice.by_keras) if by_keras else batch
 
     def _ask(self, index: int, by_keras: bool, for_shapes: bool) -> tuple[Asked | None, Callable[[], Loaded]]:
         """What `dataset[index]` is, and what waits for it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -13,6 +14,10 @@ import numpy as np
 import pytest
 
 _ROOT = Path(__file__).resolve().parents[1]
+
+needs_tensorflow = pytest.mark.skipif(
+    importlib.util.find_spec("tensorflow") is None, reason="an export needs TensorFlow, which is not installed"
+)
 
 
 def run_script(path: Path, code: str, *, timeout_s: float = 120, **environment: str) -> str:
@@ -34,6 +39,16 @@ def run_script(path: Path, code: str, *, timeout_s: float = 120, **environment: 
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr, done.stderr
     return done.stdout
+
+
+def lies_in_a_slot(address: int) -> bool:
+    """Whether this is an address in the memory that workers write batches to."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if "memfd:keras_mp" in line:
+            start, stop = (int(end, 16) for end in line.split()[0].split("-"))
+            if start <= address < stop:
+                return True
+    return False
 
 
 def python_path() -> str:

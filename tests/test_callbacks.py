@@ -99,60 +99,72 @@ def test_a_drawn_seed_is_shown_and_taken_over() -> None:
     assert plain(second) == plain(first)
 
 
-def train(backup: Path, *arguments: str, backend: str, killed: bool = False) -> str:
+def train(*runs: str, backend: str, killed: bool = False) -> list[list[str]]:
+    """The words that the script says of each run."""
     done = subprocess.run(
-        [sys.executable, _SCRIPT, backup, *arguments],
+        [sys.executable, _SCRIPT, *runs],
         env={**os.environ, "PYTHONPATH": python_path(), "KERAS_BACKEND": backend},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
         check=False,
     )
     assert done.returncode == (-signal.SIGKILL if killed else 0), done.stderr
-    return done.stdout
+    return [line.split() for line in done.stdout.splitlines()]
 
 
-_PLAIN = ["--seed", "7", "--plain"]
-
-
-@pytest.mark.parametrize(
-    ("backend", "options", "steps"),
-    [
-        ("tensorflow", ["--seed", "7", "--shuffle", "--save-freq", "4"], (39, 19)),
-        ("tensorflow", ["--seed", "7", "--save-freq", "epoch"], (39, 26)),
-        ("jax", ["--seed", "7", "--shuffle", "--save-freq", "5"], (39, 19)),
-        ("torch", ["--seed", "7", "--shuffle", "--save-freq", "5"], (39, 19)),
+# By backend: options of a run, and its steps, uninterrupted and after two interruptions.
+_PLAIN = "--plain --seed 7 --shuffle --save-freq 4"
+_RUNS = {
+    "tensorflow": [
+        ("--seed 7 --shuffle --save-freq 4", 39, 19),
+        ("--seed 7 --save-freq epoch", 39, 26),
         # 13 batches: passes of 5 + 5 + 3 steps, and of 13 where more are wanted.
-        ("tensorflow", ["--shuffle", "--save-freq", "4", "--steps-per-epoch", "5", "--epochs", "7", *_PLAIN], (31, 11)),
-        ("jax", ["--shuffle", "--save-freq", "4", "--steps-per-epoch", "5", "--epochs", "7", *_PLAIN], (31, 11)),
-        ("torch", ["--save-freq", "3", "--steps-per-epoch", "5", "--epochs", "7", *_PLAIN], (31, 10)),
-        ("tensorflow", ["--shuffle", "--save-freq", "4", "--steps-per-epoch", "20", *_PLAIN], (39, 19)),
-        ("torch", ["--shuffle", "--save-freq", "4", "--steps-per-epoch", "20", *_PLAIN], (39, 19)),
+        (f"{_PLAIN} --steps-per-epoch 5 --epochs 7", 31, 11),
+        (f"{_PLAIN} --steps-per-epoch 20", 39, 19),
     ],
-)
-def test_a_killed_fit_ends_with_the_weights_of_one_that_was_not(
-    tmp_path: Path, backend: str, options: list[str], steps: tuple[int, int]
+    "jax": [
+        ("--seed 7 --shuffle --save-freq 5", 39, 19),
+        (f"{_PLAIN} --steps-per-epoch 5 --epochs 7", 31, 11),
+    ],
+    "torch": [
+        ("--seed 7 --shuffle --save-freq 5", 39, 19),
+        ("--plain --seed 7 --save-freq 3 --steps-per-epoch 5 --epochs 7", 31, 10),
+        (f"{_PLAIN} --steps-per-epoch 20", 39, 19),
+    ],
+}
+
+
+@pytest.mark.timeout(900)  # a minute on a quiet machine
+@pytest.mark.parametrize("backend", _RUNS)
+def test_killed_fits_end_with_the_weights_of_those_that_were_not(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if importlib.util.find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")
-    whole = train(tmp_path / "whole", *options, backend=backend).split()
-    backup = tmp_path / "backup"
-    train(backup, *options, "--kill-at", "18", backend=backend, killed=True)
-    train(backup, *options, "--kill-at", "5", backend=backend, killed=True)
-    resumed = train(backup, *options, "--workers", "1", backend=backend).split()
-    assert (int(whole[0]), int(resumed[0])) == steps
-    assert resumed[1:] == whole[1:]
-    assert not backup.exists()
+    monkeypatch.chdir(tmp_path)
+    runs = _RUNS[backend]
+    for number, (options, *_) in enumerate(runs):
+        for kill_at in (18, 5):
+            train(f"killed-{number} {options} --kill-at {kill_at}", backend=backend, killed=True)
+    whole = train(*(f"whole-{number} {options}" for number, (options, *_) in enumerate(runs)), backend=backend)
+    resumed = train(
+        *(f"killed-{number} {options} --workers 1" for number, (options, *_) in enumerate(runs)), backend=backend
+    )
+    for (options, *steps), (all_steps, *expected), (left, *weights) in zip(runs, whole, resumed, strict=True):
+        assert [int(all_steps), int(left)] == steps, options
+        assert weights == expected, options
+    assert not list(tmp_path.iterdir())  # no backup is left
 
 
 def test_a_backup_cut_off_half_way_is_no_backup(tmp_path: Path) -> None:
     backup = tmp_path / "backup"
-    options = ["--seed", "7", "--save-freq", "4"]
-    train(backup, *options, "--kill-at", "10", backend="tensorflow", killed=True)
+    run = f"'{backup}' --seed 7 --save-freq 4"
+    train(f"{run} --kill-at 10", backend="jax", killed=True)
     (kept,) = backup.iterdir()
     partial = backup / "backup-00000009.partial"
     partial.mkdir()
     (partial / "data.json").write_text("{")
-    assert train(backup, *options, backend="tensorflow").split()[0] == "31"
+    assert train(run, backend="jax")[0][0] == "31"
     assert kept.name == "backup-00000002"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import itertools
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,9 @@ import keras_mp
 from keras_mp.loaded import LoadedDataset
 from tests import transforms
 from tests.census import eventually
+from tests.support import lies_in_a_slot
 
 _DATA = np.arange(23)
-_SLOT = "memfd:keras_mp"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -110,11 +109,7 @@ def test_the_tensors_lie_in_the_slots(pool: keras_mp.WorkerPool) -> None:
         addresses = [np.asarray(part).ctypes.data for batch in dataset.to_tf_dataset() for part in batch]
         assert len(addresses) == 16
         assert all(address % 64 == 0 for address in addresses)
-        mapped = [
-            line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if _SLOT in line
-        ]
-        ranges = [(int(start, 16), int(stop, 16)) for start, stop in mapped]
-        assert all(any(start <= address < stop for start, stop in ranges) for address in addresses)
+        assert all(map(lies_in_a_slot, addresses))
 
 
 def test_tensors_that_are_held_are_not_overwritten(pool: keras_mp.WorkerPool) -> None:  # P6

@@ -31,19 +31,21 @@ def _ends(*arguments: str, backend: str = "tensorflow") -> None:
         start_new_session=True,
     )
     try:
-        said = process.communicate(timeout=170)[0]
+        said = process.communicate(timeout=280)[0]
     finally:
         with contextlib.suppress(ProcessLookupError):  # its runs too, which outlive it
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, said
 
 
-@pytest.mark.parametrize("end", ["exception", "ctrl-c", "sys.exit", "alive"])
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("ends", [("exception", "sys.exit"), ("ctrl-c", "alive")], ids=" ".join)
 @pytest.mark.parametrize("what", ["export", "dataset"])
-def test_a_process_ends_whatever_is_in_use(what: str, end: str) -> None:
-    _ends(f"{what}+{end}", "--runs", "6" if what == "export" else "3")
+def test_a_process_ends_whatever_is_in_use(what: str, ends: tuple[str, ...]) -> None:
+    _ends(*(f"{what}+{end}" for end in ends), "--runs", "6" if what == "export" else "3")
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_a_process_ends_on_other_backends(backend: str) -> None:
     if importlib.util.find_spec(backend) is None:

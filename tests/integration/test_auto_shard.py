@@ -17,10 +17,13 @@ from tests.support import python_path
 
 _SCRIPT = Path(__file__).parents[1] / "scripts" / "auto_shard.py"
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(keras.distribution.DataParallel, "num_data_shards"),
-    reason=f"Keras {keras.__version__} does not divide a PyDataset; tests/test_handles.py asks as 3.16 does",
-)
+pytestmark = [
+    pytest.mark.any_backend,
+    pytest.mark.skipif(
+        not hasattr(keras.distribution.DataParallel, "num_data_shards"),
+        reason=f"Keras {keras.__version__} does not divide a PyDataset; tests/test_handles.py asks as 3.16 does",
+    ),
+]
 
 
 def _train(how: str) -> list[dict[str, Any]]:

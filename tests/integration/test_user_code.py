@@ -18,6 +18,8 @@ import pytest
 import keras_mp
 from tests.support import python_path, run_script
 
+pytestmark = pytest.mark.any_backend
+
 _LIGHT = "numpy"  # a backend that is imported fast
 
 

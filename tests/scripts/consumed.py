@@ -137,12 +137,6 @@ def model() -> Any:
     return built
 
 
-KINDS: dict[str, dict[str, Any]] = {
-    "in-process": {"workers": 0},
-    "threads": {"workers": 2, "use_multiprocessing": False},
-    "processes": {"workers": 2},
-    "five": {"workers": 5, "max_queue_size": 3},
-}
 FITS: dict[str, dict[str, Any]] = {
     "default": {"epochs": 3},
     "unshuffled": {"epochs": 3, "shuffle": False},
@@ -168,23 +162,25 @@ LOOKERS: dict[str, Callable[[keras_mp.PoolDataset], Any]] = {
 }
 
 
-def run(kind: dict[str, Any], name: str, fits: int = 1) -> dict[str, Any]:
+def run(kind: dict[str, Any], name: str, fits: int = 1, built: Any = None) -> dict[str, Any]:
     record: dict[str, Any] = {"fits": []}
     with dataset(**kind) as train, dataset(**{**kind, "shuffle": False}) as other:
-        trained = model()
+        fitted = built or model()
+        if built:
+            built.set_weights([np.zeros((SAMPLES, 1))])
         census = Census()
         validation = {"itself": train, "validated": other}.get(name)
         for _ in range(fits):
             lookers = [LOOKERS[name](train)] if name in LOOKERS else []
-            trained.fit(train, verbose=0, callbacks=[census, *lookers], validation_data=validation, **FITS[name])
+            fitted.fit(train, verbose=0, callbacks=[census, *lookers], validation_data=validation, **FITS[name])
             record["fits"].append(census.epochs)
         record["epoch"] = train.epoch
     return record
 
 
-def refused(in_between: bool, validated: bool = False, **options: Any) -> str:
+def refused(pool: keras_mp.WorkerPool, in_between: bool, validated: bool = False, **options: Any) -> str:
     """What a second pass in the middle of one is told; the fit that it belongs to ends with it."""
-    with dataset(**KINDS["processes"]) as train:
+    with dataset(pool=pool) as train:
         data = {"validation_data": train} if validated else {"callbacks": [Tester(train, in_between)]}
         try:
             model().fit(train, verbose=0, **data, **options)
@@ -193,20 +189,39 @@ def refused(in_between: bool, validated: bool = False, **options: Any) -> str:
     return "nothing"
 
 
-def main() -> None:
-    records = {f"{kind}/{name}": run(options, name) for kind, options in KINDS.items() for name in FITS}
+def trained(two: keras_mp.WorkerPool, five: keras_mp.WorkerPool) -> dict[str, Any]:
+    """What came of all fits, on the workers of two pools: to start some for each costs more than the fit."""
+    kinds: dict[str, dict[str, Any]] = {
+        "in-process": {"workers": 0},
+        "threads": {"workers": 2, "use_multiprocessing": False},
+        "processes": {"pool": two},
+        "five": {"pool": five, "max_queue_size": 3},
+    }
+    # A new model is built from a first batch, and compiled, which takes its time: two kinds share one that is.
+    built = model()
+    built.build((None, SAMPLES))
+    models = {"threads": built, "five": built}
+    records = {
+        f"{kind}/{name}": run(options, name, built=models.get(kind)) for kind, options in kinds.items() for name in FITS
+    }
     records["refused"] = {
-        "in a pass": refused(in_between=False),
-        "in a pass over two epochs of Keras": refused(in_between=True, steps_per_epoch=5),
-        "as validation data": refused(in_between=True, validated=True, steps_per_epoch=5),
+        "in a pass": refused(two, in_between=False),
+        "in a pass over two epochs of Keras": refused(two, in_between=True, steps_per_epoch=5),
+        "as validation data": refused(two, in_between=True, validated=True, steps_per_epoch=5),
     }
     for name in ("default", "unshuffled", "nosy", "picked", "short"):
-        records[f"plain/{name}"] = run({"workers": 2, "shuffle": False}, name)
+        records[f"plain/{name}"] = run({"pool": two, "shuffle": False}, name)
     records["plain/seeds"] = {"fits": []}
     for seed in range(10):  # by chance, Keras begins some of these with batch 0
         random.seed(seed)
         records["plain/seeds"]["fits"] += run({"workers": 0, "shuffle": False, "batch_size": 8}, "unseen")["fits"]
-    records["processes/twice"] = run(KINDS["processes"], "default", fits=2)
+    records["processes/twice"] = run({"workers": 2}, "default", fits=2)
+    return records
+
+
+def main() -> None:
+    with keras_mp.WorkerPool(2) as two, keras_mp.WorkerPool(5) as five:
+        records = trained(two, five)
     if keras.backend.backend() == "tensorflow":
         for name in ("unshuffled", "default"):
             records[f"keras/{name}"] = run({"workers": 2, "pool": "keras"}, name)

@@ -1,10 +1,17 @@
-"""A training script with `BackupAndRestore`, which can kill itself; prints its final weights and the steps it took."""
+"""Trainings with `BackupAndRestore`, which can kill their process; prints the steps and the final weights of each.
+
+    python resumable.py "BACKUP [OPTIONS]" ...
+
+They run one after the other, as the import of Keras takes longer than a training.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
+import sys
 from typing import Any
 
 import keras
@@ -22,7 +29,6 @@ parser.add_argument("--steps-per-epoch", type=int)
 parser.add_argument("--epochs", type=int, default=3)
 parser.add_argument("--seed", type=int)
 parser.add_argument("--workers", type=int, default=2)
-arguments = parser.parse_args()
 
 DATA = np.random.default_rng(0).normal(size=(100, 3)).astype("float32")
 
@@ -32,31 +38,44 @@ def augmented(row: Any, rng: np.random.Generator) -> tuple[Any, Any]:
 
 
 class Killer(keras.callbacks.Callback):
-    steps = 0
+    def __init__(self, kill_at: int) -> None:
+        super().__init__()
+        self.steps = 0
+        self._kill_at = kill_at
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self.steps += 1
-        if self.steps == arguments.kill_at:
+        if self.steps == self._kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-keras.utils.set_random_seed(5)
-train = keras_mp.PoolDataset(
-    DATA, augmented, batch_size=8, shuffle=not arguments.plain, seed=arguments.seed, workers=arguments.workers
-)
-dropout = [] if keras.backend.backend() == "torch" else [keras.layers.Dropout(0.3)]  # torch's own global generator
-model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(8, activation="relu"), *dropout, keras.layers.Dense(1)])
-model.compile(keras.optimizers.Adam(0.01), "mse")
-save_freq = arguments.save_freq if arguments.save_freq == "epoch" else int(arguments.save_freq)
-backup = keras_mp.BackupAndRestore(train, arguments.backup, save_freq)
-killer = Killer()
-model.fit(
-    train,
-    epochs=arguments.epochs,
-    steps_per_epoch=arguments.steps_per_epoch,
-    verbose=0,
-    shuffle=arguments.shuffle,
-    callbacks=[backup, killer],
-)
-print(killer.steps, train.epoch, *[value.tobytes().hex() for value in model.get_weights()])
-train.close()
+def model() -> Any:
+    dropout = [] if keras.backend.backend() == "torch" else [keras.layers.Dropout(0.3)]  # torch's own global generator
+    layers = [keras.Input((3,)), keras.layers.Dense(8, activation="relu"), *dropout, keras.layers.Dense(1)]
+    made = keras.Sequential(layers)
+    made.compile(keras.optimizers.Adam(0.01), "mse")
+    return made
+
+
+def train(arguments: argparse.Namespace) -> None:
+    keras.utils.set_random_seed(5)
+    options = {"shuffle": not arguments.plain, "seed": arguments.seed, "workers": arguments.workers}
+    with keras_mp.PoolDataset(DATA, augmented, batch_size=8, **options) as data:
+        fitted = model()
+        save_freq = arguments.save_freq if arguments.save_freq == "epoch" else int(arguments.save_freq)
+        backup = keras_mp.BackupAndRestore(data, arguments.backup, save_freq)
+        killer = Killer(arguments.kill_at)
+        fitted.fit(
+            data,
+            epochs=arguments.epochs,
+            steps_per_epoch=arguments.steps_per_epoch,
+            verbose=0,
+            shuffle=arguments.shuffle,
+            callbacks=[backup, killer],
+        )
+        print(killer.steps, data.epoch, *[value.tobytes().hex() for value in fitted.get_weights()])
+
+
+if __name__ == "__main__":
+    for line in sys.argv[1:]:
+        train(parser.parse_args(shlex.split(line)))
