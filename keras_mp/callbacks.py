@@ -105,7 +105,7 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
                     variable.assign(value)
             epoch, steps = saved["epoch"], saved["steps"]
             wanted = self.params.get("steps")
-            if steps and wanted is not None and wanted - steps < len(self._dataset):
+            if steps and wanted is not None and wanted - steps < len(self._dataset.position):
                 # Keras ends this epoch when its data ends; the next one has a pass of its own over the rest.
                 self._dataset.position.limit = wanted - steps
         self._begin(epoch, steps)

@@ -110,7 +110,7 @@ class WorkerHandle:
         """Asks for the batches of the bundle begun last; before that come loader and slot, if the worker lacks them."""
         loader, slot = bundle.loader, bundle.lease.slot
         requests: Any = [job.request for job in bundle.jobs]
-        if sum(len(job.request.samples) for job in bundle.jobs) > INLINE_SAMPLES:
+        if sum(job.request.weight for job in bundle.jobs) > INLINE_SAMPLES:
             data = pickle.dumps(requests, protocol=5)
             try:
                 slot.write(data)
