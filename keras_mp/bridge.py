@@ -111,8 +111,8 @@ class Bridge(Lifecycle):
             self._say_what_came_of(epoch)
         if (run := asked.run) is None:
             for_shapes &= self._position.num_batches * self._stride > 1
-            rest = map(self._position.look, range(index + 1, len(self._position)))
-            return asked, self._look(index, asked.key, rest, for_shapes, ENDLESS if by_keras else 0)
+            others = map(self._position.look, range(index + 1, len(self._position)))
+            return asked, self._look(index, asked.key, others, for_shapes, ENDLESS if by_keras else 0)
         if asked.is_first:
             if self._prefetch.expected != run.base:
                 rest = itertools.chain([asked.key], self._position.rest(run))

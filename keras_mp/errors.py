@@ -75,8 +75,8 @@ class SampleFailure:
     """One failed sample (or, with `index=None`, a failure of the whole batch).
 
     Attributes:
-        stage: the user code that failed: "source", "read" (of a stream), "load", "cache" (what `load` gave cannot be kept), "transform",
-            "collate", "batch_transform", or a bucket's "lengths".
+        stage: the user code that failed: "source", "read" (of a stream), "load", "cache" (what `load` gave cannot be
+            kept), "transform", "collate", "batch_transform", or a bucket's "lengths".
         index: position of the sample in the source, of a stream's that of its shard; None when the batch as a whole
             failed.
         item: shortened `repr` of what the source held there.

@@ -258,8 +258,8 @@ class StreamDataset(LoadedDataset):
             steps = "steps_per_epoch" if call.name == "fit" else "steps"
             raise ValueError(
                 f"{call.name}() would never end: this StreamDataset was made with length=None, and {steps}="
-                f"{call.steps!r} was received. Pass {steps}=, or make the dataset with length=, which count() finds; or "
-                f"{call.name}(dataset.to_tf_dataset()), which ends by itself"
+                f"{call.steps!r} was received. Pass {steps}=, or make the dataset with length=, which count() finds, "
+                f"or call {call.name}(dataset.to_tf_dataset()), which ends by itself"
             )
         super().on_epoch_begin()
 

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from keras_mp.engines.base import Engine
-from keras_mp.engines.walk import Turn, Walk
+from keras_mp.engines.turn import Turn
+from keras_mp.engines.walk import Walk
 from keras_mp.errors import KerasMPError, SampleError, SampleFailure, StreamEnded, sample_error
 from keras_mp.loading.base import Loaded, Loader
 from keras_mp.plan.course import Course
@@ -217,7 +218,8 @@ class LaneEngine:
             return _too_short(walk)
         if not walk.samples and not walk.lost:
             return KerasMPError(
-                f"the stream has no samples in epoch {walk.epoch}: read() gave none for any of {walk.plan.shards} shards"
+                f"the stream has no samples in epoch {walk.epoch}: read() gave none for any of its "
+                f"{walk.plan.shards} shards; check what they hold"
             )
         self._late += walk.late_failures
         walk.late_failures = []

@@ -12,89 +12,19 @@ middle, and behind the last one of a declared length, where it shows whether the
 from __future__ import annotations
 
 import collections
-import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from keras_mp.engines.base import Engine
+from keras_mp.engines.turn import Turn
 from keras_mp.errors import SampleFailure
 from keras_mp.loading.base import Loaded
-from keras_mp.loading.stream_loader import Served
 from keras_mp.plan.course import Course
 from keras_mp.plan.lanes import Checkpoint, Lane, LanePlan, Step
-from keras_mp.plan.pieces import Cursor, Piece, Reading, Report
+from keras_mp.plan.pieces import Cursor, Piece, Reading
 from keras_mp.plan.request import Request
 
 _REST, _AGAIN = 1, 2  # how a reading is repeated: of what is left over; of batches that come again
-
-
-class Turn:
-    """A batch that has been asked for, or will be.
-
-    Attributes:
-        lane: whose turn it is; None: it is made of what is left over in several.
-        request: what is asked for.
-        is_asked: whether it is, or was; not as long as the lane's turn before has not come.
-        is_seen: whether the walk knows that it has come.
-        loaded, error: what has come, one of the two.
-    """
-
-    def __init__(self, lane: int | None, request: Request) -> None:
-        self.lane = lane
-        self.request = request
-        self.is_asked = self.is_seen = False
-        self.loaded: Loaded | None = None
-        self.error: BaseException | None = None
-        self._job: Any = None
-        self._waits = threading.Lock()  # held by whoever takes the job's result
-
-    @property
-    def has_come(self) -> bool:
-        """Whether it needs no waiting."""
-        return self.loaded is not None or self.error is not None
-
-    @property
-    def report(self) -> Report | None:
-        """What reading came to."""
-        return self.loaded.batch.report if self.loaded is not None else None
-
-    @property
-    def is_batch(self) -> bool:
-        """Whether it is one: the lane had enough samples."""
-        report, reading = self.report, self.request.reading
-        return report is None or reading is None or self.lane is None or report.found == reading.pieces[0].count
-
-    def ask(self, engine: Engine) -> None:
-        """Asks for it."""
-        self.loaded, self.is_asked, self.is_seen = None, True, False
-        (self._job,) = engine.submit([self.request])
-
-    def poll(self, engine: Engine) -> None:
-        """Takes it if it has come."""
-        if not self.has_come and self.is_asked and self._waits.acquire(blocking=False):
-            try:
-                if not self.has_come and engine.is_ready(self._job):
-                    self._take(engine)
-            finally:
-                self._waits.release()
-
-    def wait(self, engine: Engine) -> None:
-        """Waits until it has come."""
-        with self._waits:
-            if not self.has_come:
-                self._take(engine)
-
-    def cancel(self, engine: Engine) -> None:
-        """Nobody wants it, and nobody waits for it."""
-        if self.is_asked and not self.has_come:
-            engine.cancel(self._job)
-
-    def _take(self, engine: Engine) -> None:
-        try:
-            self.loaded = engine.result(self._job)
-        except Exception as error:
-            self.error = error
-        self._job = None
 
 
 class Outcome(NamedTuple):
@@ -311,9 +241,7 @@ class Walk:
         if handle is None:
             return turn.request._replace(batch=number, samples=range(0), stretch=0)
         wanted = handle.request
-        return turn.request._replace(
-            batch=number, samples=wanted.samples, stretch=wanted.stretch, traced=wanted.traced
-        )
+        return turn.request._replace(batch=number, samples=wanted.samples, stretch=wanted.stretch, traced=wanted.traced)
 
     # -- what is left over ---------------------------------------------------------------------------------------
 
@@ -343,7 +271,7 @@ class Walk:
                 lane = lanes[again % len(lanes)]
                 first = Piece(lane, Cursor(), self.plan.batch_size)
                 reading = Reading((first,), lane, _AGAIN + again // len(lanes))
-            has = sum(piece.count for piece in reading.pieces)
+            has = sum(piece.size for piece in reading.pieces)
             turn = Turn(None, self.plan.request(self.epoch, number)._replace(reading=reading))
             wanted = self._request(turn, number)
             turn.request = wanted._replace(samples=wanted.samples[:has])

@@ -72,7 +72,7 @@ class Shards:
         samples = self.read(item, start=offset) if self.takes_start else self.read(item)
         if samples is None:
             raise TypeError("read returned None instead of an iterator of samples; did it forget to yield?")
-        found = iter(samples)
+        found: Iterator[Any] = iter(samples)
         for skipped in range(0 if self.takes_start else offset):
             try:
                 next(found)
@@ -93,9 +93,9 @@ def check_read(read: Any) -> Callable[..., Any]:
     if not callable(read):
         raise TypeError(f"read must be a function from a shard to an iterator of samples, got {short_repr(read, 80)}")
     try:
-        parameters = inspect.signature(read).parameters.values()
+        parameters = list(inspect.signature(read).parameters.values())
     except (TypeError, ValueError):
-        return read
+        parameters = []
     needed = [each.name for each in parameters if each.default is each.empty and each.kind not in _VARIADIC]
     if "rng" in needed:
         raise ValueError(
@@ -108,7 +108,8 @@ def check_read(read: Any) -> Callable[..., Any]:
             f"read is called with a shard, and by the name `start` with a number of samples to leave out, but "
             f"{short_repr(read, 80)} needs {', '.join(others)} too; use functools.partial"
         )
-    return read
+    checked: Callable[..., Any] = read
+    return checked
 
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -215,9 +216,7 @@ class LaneReader:
             if sample is not None:
                 block.append(sample)
         if self._shards.block > 1:
-            root = seed_sequence(
-                Stream.BLOCK, self._shards.seed, self._epoch, (self._lane << 32) + self._number
-            )
+            root = seed_sequence(Stream.BLOCK, self._shards.seed, self._epoch, (self._lane << 32) + self._number)
             order = np.random.Generator(np.random.PCG64(root)).permutation(len(block))
             block = [block[index] for index in order.tolist()]
         self._block = block

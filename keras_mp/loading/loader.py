@@ -18,7 +18,7 @@ import numpy as np
 
 from keras_mp.checks import length_of
 from keras_mp.errors import SampleFailure, sample_error, short_repr
-from keras_mp.loading.base import SAMPLES_DONE, Loaded, Loader, batch_error, check_batch, failure_of
+from keras_mp.loading.base import NOT_READ, SAMPLES_DONE, Loaded, Loader, Place, batch_error, check_batch, failure_of
 from keras_mp.loading.builder import BatchBuilder
 from keras_mp.loading.cache import SampleCache
 from keras_mp.loading.collate import copied
@@ -35,19 +35,6 @@ OnError = Literal["raise", "skip", "replace"]
 # So many samples from elsewhere are tried for a batch without a good one: where one in twenty is good, all of them fail
 # in one such batch of half a million.
 _MAX_SUBSTITUTES = 256
-
-
-_NOT_READ = "not read"
-
-
-class Place:
-    """Where in the making of a sample its code is: at which stage, and for which item of the source."""
-
-    __slots__ = ("item", "stage")
-
-    def __init__(self) -> None:
-        self.stage = "source"
-        self.item: Any = _NOT_READ
 
 
 @dataclasses.dataclass
@@ -277,8 +264,8 @@ class SampleLoader(Loader):
 
     def item_in_words(self, at: Place, index: int) -> str:
         if at.stage == "source":
-            return _NOT_READ
-        return self.describe_item(index) if at.item is _NOT_READ else short_repr(at.item, 120)
+            return NOT_READ
+        return self.describe_item(index) if at.item is NOT_READ else short_repr(at.item, 120)
 
     def _repair(
         self,

@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from keras_mp.errors import SampleFailure
-from keras_mp.loading.base import Loaded, failure_of
+from keras_mp.loading.base import Loaded, Place, failure_of
 from keras_mp.loading.lane_reader import Drawn, LaneReader, Shards, describe_shard, takes_start
-from keras_mp.loading.loader import Place, SampleLoader
+from keras_mp.loading.loader import SampleLoader
 from keras_mp.loading.randomness import Key, Seeder
 from keras_mp.loading.timing import SOURCE, StageTimes
 from keras_mp.plan.lanes import lane_shards
@@ -87,7 +87,7 @@ class StreamLoader(SampleLoader):
             drawn += found
             failures += failed
         times.lap(SOURCE)
-        if not request.samples or (len(pieces) == 1 and report.found < pieces[0].count):
+        if not request.samples or (len(pieces) == 1 and report.found < pieces[0].size):
             return Loaded(Served(None, report), tuple(failures))
         first = functools.partial(self._first_samples, request, pieces[0].lane, seed)
         loaded = _BatchLoader.of(self, drawn, first).load_drawn(request, report_position, seed, times)
@@ -102,18 +102,18 @@ class StreamLoader(SampleLoader):
             except Exception:  # of a class that only the worker has which read it
                 pass
             else:
-                return found[piece.skip : piece.skip + piece.count], [], Report(piece.count, piece.cursor)
+                return found[piece.skip : piece.skip + piece.size], [], Report(piece.size, piece.cursor)
         epoch, lane = request.epoch, piece.lane
         reader = self.open_lanes.pop((epoch, lane, piece.cursor)) or self._reader(request, lane, piece.cursor)
         try:
-            drawn, failed = reader.take(piece.skip + piece.count, seed)
+            drawn, failed = reader.take(piece.skip + piece.size, seed)
         except BaseException:
             reader.close()
             raise
         repeats = request.reading is not None and request.reading.repeat > 0
         failures = [] if repeats else failed  # told of when the samples that are left over were found
         drawn = drawn[piece.skip :]
-        if len(drawn) < piece.count:
+        if len(drawn) < piece.size:
             reader.close()
             return drawn, failures, Report(len(drawn), piece.cursor, len(failures), _dump(drawn))
         self.open_lanes.put((epoch, lane, reader.cursor), reader)
@@ -124,7 +124,7 @@ class StreamLoader(SampleLoader):
             failure = failure_of(error, "read", request, shard, describe_shard(self.source, shard))
             return dataclasses.replace(failure, offset=offset)
 
-        order = lane_shards(len(self.source), self.lanes, self.block > 0, self.seed, request.epoch, lane)
+        order: Sequence[int] = lane_shards(len(self.source), self.lanes, self.block > 0, self.seed, request.epoch, lane)
         return LaneReader(self.shards(), order, request.epoch, lane, cursor, failed)
 
     def shards(self) -> Shards:

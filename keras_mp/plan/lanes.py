@@ -8,8 +8,8 @@ so N samples make ceil(N / batch_size) batches, or floor with `drop_remainder`. 
 
 Sharding over trainers. Of `n`, trainer `i` has the lanes i, i + n, ..., so their number must be a multiple of n. Nobody
 knows how many samples these have before they are read. With a declared length each trainer takes
-length // (n * batch_size) batches: one whose lanes have more leaves the rest out, one whose lanes have less is given the
-first batches of its lanes again, with other random numbers.
+length // (n * batch_size) batches: one whose lanes have more leaves the rest out, one whose lanes have less is given
+the first batches of its lanes again, with other random numbers.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from typing import Any, NamedTuple, Self
 from keras_mp.plan.batching import ENDLESS, Batching
 from keras_mp.plan.pieces import Cursor
 from keras_mp.plan.request import Request
-from keras_mp.plan.shuffle import Indices, shuffled
+from keras_mp.plan.shuffle import shuffled
 
 
-def lane_shards(shards: int, lanes: int, shuffle: bool, seed: int, epoch: int, lane: int) -> range | Indices:
-    """Numbers of the shards that a lane reads in an epoch, in order."""
+def lane_shards(shards: int, lanes: int, shuffle: bool, seed: int, epoch: int, lane: int) -> Any:
+    """Numbers of the shards that a lane reads in an epoch, in order: a range or an array."""
     if not shuffle:
         return range(lane, shards, lanes)
     return shuffled(0, shards, shards, seed, epoch)[lane::lanes]

@@ -27,14 +27,14 @@ class Piece(NamedTuple):
     Attributes:
         lane: which one.
         cursor: from where on.
-        count: how many, if the lane has as many.
+        size: how many, if the lane has as many.
         rest: the samples from there on, pickled, where they have been read already.
         skip: how many of those from there on are left out first.
     """
 
     lane: int
     cursor: Cursor
-    count: int
+    size: int
     rest: bytes | None = None
     skip: int = 0
 
@@ -43,7 +43,7 @@ class Reading(NamedTuple):
     """What is to be read for a batch.
 
     Attributes:
-        pieces: of which lanes. Of a single one, nothing is made where the lane has less than the piece's count.
+        pieces: of which lanes. Of a single one, nothing is made where the lane has less than the piece's size.
         turn: tells the batch from all others of its epoch, whatever number it will have.
         repeat: 0; 1 for what is left over in the lanes; more for batches that come again.
     """

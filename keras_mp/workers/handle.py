@@ -63,10 +63,14 @@ class WorkerHandle:
         """Whether it is ready and has nothing to do."""
         return not self.bundles and self.process.ready and self.process.killed_at is None
 
+    @property
+    def is_usable(self) -> bool:
+        """Whether it may be given something to do, now or later."""
+        return self.process.ready and self.process.killed_at is None and not self.is_surplus
+
     def has_room(self, depth: int) -> bool:
         """Whether it may be given a bundle, where it may hold `depth` of them."""
-        is_usable = self.process.ready and self.process.killed_at is None and not self.is_surplus
-        return is_usable and len(self.bundles) < depth
+        return self.is_usable and len(self.bundles) < depth
 
     @property
     def busy_s(self) -> float:
