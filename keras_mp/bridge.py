@@ -51,10 +51,7 @@ class Bridge(Lifecycle):
                 return None
             self._take_share()
             self._position.read(by_keras)
-            count = self._position.num_batches
-            if not self._plan.counts_batches and self._position.limit != count:
-                return None
-            return count * self._stride
+            return self._position.num_batches * self._stride if self._plan.counts_batches else None
 
     @keras.utils.PyDataset.workers.getter  # type: ignore[untyped-decorator]
     def workers(self) -> int:

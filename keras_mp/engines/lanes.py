@@ -123,6 +123,10 @@ class LaneEngine:
 
     def close(self) -> None:
         self._engine.close()
+        with self._lock:
+            for walk in self._walks:
+                walk.give_up()
+            self._walks.clear()
 
     def stats(self) -> dict[str, Any]:
         return self._engine.stats()

@@ -32,9 +32,10 @@ class FailureLog:
         """The last thousand failures, oldest first."""
         return list(self._kept)
 
-    @property
-    def _of_all(self) -> str:
-        return "" if self._epoch_samples is None else f" of {self._epoch_samples}"
+    def _counted(self, count: int) -> str:
+        if self._epoch_samples is None:
+            return "1 sample" if count == 1 else f"{count} samples"
+        return f"{count} of {self._epoch_samples} samples"
 
     def add(self, failures: Iterable[SampleFailure]) -> None:
         """Lists and counts what failed in one batch.
@@ -55,7 +56,7 @@ class FailureLog:
             allowed = self._limit * (self._epoch_samples or 0) if isinstance(self._limit, float) else self._limit
             if len(seen) > allowed:
                 raise TooManyFailures(
-                    f"{len(seen)}{self._of_all} samples have failed in epoch {failure.epoch}, more than "
+                    f"{self._counted(len(seen))} have failed in epoch {failure.epoch}, more than "
                     f"max_failures={self._limit} allows. The last: {failure.describe()}\n\nTraceback from "
                     f"{failure.where}:\n{failure.traceback}"
                 )
@@ -79,7 +80,7 @@ class FailureLog:
         if sys.stderr.isatty():
             sys.stderr.write("\n")  # Keras's progress bar may stand in this line
         warn_user(
-            f"keras_mp: {len(seen)}{self._of_all} samples failed in epoch {epoch} and were left out "
+            f"keras_mp: {self._counted(len(seen))} failed in epoch {epoch} and were left out "
             f"({len(seen) - replaced}) or replaced by others of the epoch ({replaced}); `dataset.failures` lists them. "
             f"{'' if last is None else 'The last: ' + last.describe()}"
         )

@@ -146,12 +146,9 @@ class LaneReader:
         order: numbers of the lane's shards, in its order.
         epoch, lane: which lane of which epoch.
         cursor: where to begin.
-        failed: makes the record of a failed shard.
     """
 
-    def __init__(
-        self, shards: Shards, order: Sequence[int], epoch: int, lane: int, cursor: Cursor, failed: Failed
-    ) -> None:
+    def __init__(self, shards: Shards, order: Sequence[int], epoch: int, lane: int, cursor: Cursor) -> None:
         self._shards = shards
         self._order = order
         self._epoch, self._lane = epoch, lane
@@ -160,7 +157,6 @@ class LaneReader:
         self._place, self._offset = cursor.place, cursor.offset  # of what is read next
         self._block: list[Drawn] = []
         self._samples: Iterator[Any] | None = None
-        self._failed = failed
         self._failures: list[SampleFailure] = []
 
     @property
@@ -170,11 +166,12 @@ class LaneReader:
             return self._start._replace(taken=self._taken)
         return Cursor(self._number + 1, self._place, self._offset)
 
-    def take(self, count: int, seed: Seeder | None) -> tuple[list[Drawn], list[SampleFailure]]:
+    def take(self, count: int, failed: Failed, seed: Seeder | None) -> tuple[list[Drawn], list[SampleFailure]]:
         """The next samples, fewer only where the lane ends; and the shards that failed in blocks begun with them.
 
         Args:
             count: how many.
+            failed: makes the record of a failed shard.
             seed: seeds the generators that `read` may draw from.
 
         Raises:
@@ -183,14 +180,14 @@ class LaneReader:
         self._failures = []
         if self._start.taken and self._number < self._start.block:  # begun by another reader, which has told of these
             taken = self._start.taken
-            self._fill(seed)
+            self._fill(failed, seed)
             if len(self._block) < taken:
                 raise RuntimeError(f"a block of lane {self._lane} has become shorter; do the shards change?")
             self._taken, self._failures = taken, []
         found: list[Drawn] = []
         while len(found) < count:
             if self._taken == len(self._block):
-                self._fill(seed)
+                self._fill(failed, seed)
                 if not self._block:
                     break
             stop = min(len(self._block), self._taken + count - len(found))
@@ -205,14 +202,14 @@ class LaneReader:
             with contextlib.suppress(Exception):
                 close()
 
-    def _fill(self, seed: Seeder | None) -> None:
+    def _fill(self, failed: Failed, seed: Seeder | None) -> None:
         """Reads the next block; an empty one at the end of the lane."""
         self._number += 1
         self._start = Cursor(self._number, self._place, self._offset)
         self._block, self._taken = [], 0
         wanted, block = max(1, self._shards.block), list[Drawn]()
         while len(block) < wanted and self._place < len(self._order):
-            sample = self._next(seed)
+            sample = self._next(failed, seed)
             if sample is not None:
                 block.append(sample)
         if self._shards.block > 1:
@@ -221,7 +218,7 @@ class LaneReader:
             block = [block[index] for index in order.tolist()]
         self._block = block
 
-    def _next(self, seed: Seeder | None) -> Drawn | None:
+    def _next(self, failed: Failed, seed: Seeder | None) -> Drawn | None:
         """The next sample of the shard at hand; None where the shard has ended, or failed, and the next one follows."""
         shard, attempts = int(self._order[self._place]), self._shards.retries
         while True:
@@ -239,7 +236,7 @@ class LaneReader:
                 if attempts > 0:
                     attempts -= 1
                     continue
-                failure = self._failed(error, shard, self._offset)
+                failure = failed(error, shard, self._offset)
                 if not self._shards.goes_on:
                     raise sample_error(failure, error) from error
                 self._failures.append(failure)

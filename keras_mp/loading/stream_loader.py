@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from keras_mp.errors import SampleFailure
 from keras_mp.loading.base import Loaded, Place, failure_of
-from keras_mp.loading.lane_reader import Drawn, LaneReader, Shards, describe_shard, takes_start
+from keras_mp.loading.lane_reader import Drawn, Failed, LaneReader, Shards, describe_shard, takes_start
 from keras_mp.loading.loader import SampleLoader
 from keras_mp.loading.randomness import Key, Seeder
 from keras_mp.loading.timing import SOURCE, StageTimes
@@ -106,7 +106,7 @@ class StreamLoader(SampleLoader):
         epoch, lane = request.epoch, piece.lane
         reader = self.open_lanes.pop((epoch, lane, piece.cursor)) or self._reader(request, lane, piece.cursor)
         try:
-            drawn, failed = reader.take(piece.skip + piece.size, seed)
+            drawn, failed = reader.take(piece.skip + piece.size, self._failed(request), seed)
         except BaseException:
             reader.close()
             raise
@@ -119,13 +119,16 @@ class StreamLoader(SampleLoader):
         self.open_lanes.put((epoch, lane, reader.cursor), reader)
         return drawn, failures, Report(len(drawn), reader.cursor, len(failures))
 
-    def _reader(self, request: Request, lane: int, cursor: Cursor) -> LaneReader:
+    def _failed(self, request: Request) -> Failed:
         def failed(error: BaseException, shard: int, offset: int) -> SampleFailure:
             failure = failure_of(error, "read", request, shard, describe_shard(self.source, shard))
             return dataclasses.replace(failure, offset=offset)
 
+        return failed
+
+    def _reader(self, request: Request, lane: int, cursor: Cursor) -> LaneReader:
         order: Sequence[int] = lane_shards(len(self.source), self.lanes, self.block > 0, self.seed, request.epoch, lane)
-        return LaneReader(self.shards(), order, request.epoch, lane, cursor, failed)
+        return LaneReader(self.shards(), order, request.epoch, lane, cursor)
 
     def shards(self) -> Shards:
         """What lanes read."""
@@ -138,7 +141,7 @@ class StreamLoader(SampleLoader):
         """The first samples of a lane in its epoch, for a batch none of whose own is good."""
         reader = self._reader(request, lane, Cursor())
         try:
-            return reader.take(_MAX_SUBSTITUTES, seed)[0]
+            return reader.take(_MAX_SUBSTITUTES, self._failed(request), seed)[0]
         finally:
             reader.close()
 
