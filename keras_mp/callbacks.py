@@ -37,8 +37,8 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
     as many steps as it had batches left. The state of the global `random`, which Keras shuffles batches with, and the
     states of the model's seed generators (dropout), which Keras's callback leaves out, are restored too.
 
-    With `steps_per_epoch`, the interrupted epoch of Keras has the steps that it had left. Of a stream without `length` it
-    has all its steps again, on the data that follow.
+    With `steps_per_epoch`, the interrupted epoch of Keras has the steps that it had left. Of a stream without `length`
+    it has all its steps again, on the data that follow.
 
     Args:
         dataset: the dataset that `fit` trains on. Its export cannot be resumed.
