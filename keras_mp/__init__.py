@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from keras_mp.plot import plot_timeline as plot_timeline
     from keras_mp.report.report import Report as Report
     from keras_mp.stats import Stats as Stats
+    from keras_mp.stream import StreamDataset as StreamDataset
 
 __version__ = "0.1.0"
 
@@ -52,6 +53,7 @@ _MODULES = {
     "report.report": ["Report"],
     "plot": ["plot_timeline"],
     "stats": ["Stats"],
+    "stream": ["StreamDataset"],
     "plan.buckets": ["Buckets"],
     "plan.orders": ["balanced", "weighted"],
     "plan.views": ["concat", "split", "windows", "zip"],

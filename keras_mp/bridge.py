@@ -21,8 +21,10 @@ import keras
 
 from keras_mp import auto_shard
 from keras_mp.callers import current_call, fixes_shapes, is_keras, warn_of_keras_pool
+from keras_mp.errors import StreamEnded
 from keras_mp.lifecycle import Lifecycle
 from keras_mp.loading.base import Loaded
+from keras_mp.plan.batching import ENDLESS
 from keras_mp.plan.iteration import Iteration
 from keras_mp.plan.passes import Asked
 from keras_mp.plan.progress import BatchKey
@@ -49,7 +51,7 @@ class Bridge(Lifecycle):
                 return None
             self._take_share()
             self._position.read(by_keras)
-            return self._position.num_batches * self._stride
+            return self._position.num_batches * self._stride if self._plan.counts_batches else None
 
     @keras.utils.PyDataset.workers.getter  # type: ignore[untyped-decorator]
     def workers(self) -> int:
@@ -81,9 +83,17 @@ class Bridge(Lifecycle):
         if asked is not None:
             with self._lock:
                 self._position.hand_out(asked)
+                self._follow(asked)
                 self._served_so_far.handed_out.add(asked.run is not None)
                 self._prefetch.top_up()
         return for_keras(batch, self._choice.by_keras) if by_keras else batch
+
+    def _follow(self, asked: Asked) -> None:
+        """What was asked for goes to whoever asked."""
+
+    def _place_of(self, epoch: int, place: int) -> tuple[int, int]:
+        """Epoch and position of the batch that is asked for as this one."""
+        return epoch, place
 
     def _ask(self, index: int, by_keras: bool, for_shapes: bool) -> tuple[Asked | None, Callable[[], Loaded]]:
         """What `dataset[index]` is, and what waits for it."""
@@ -98,23 +108,31 @@ class Bridge(Lifecycle):
             self._say_what_came_of(epoch)
         if (run := asked.run) is None:
             for_shapes &= self._position.num_batches * self._stride > 1
-            return asked, self._look(
-                index, asked.key, map(self._position.look, range(index + 1, len(self))), for_shapes
-            )
+            others = map(self._position.look, range(index + 1, len(self._position)))
+            return asked, self._look(index, asked.key, others, for_shapes, ENDLESS if by_keras else 0)
         if asked.is_first:
             if self._prefetch.expected != run.base:
                 rest = itertools.chain([asked.key], self._position.rest(run))
-                self._prefetch.follow(engine, self._requests(rest))
+                self._prefetch.follow(engine, self._requests(rest, ENDLESS))
             self._prefetch.expected = None
         if asked.is_next:
             return asked, functools.partial(engine.result, self._prefetch.next())
-        return asked, functools.partial(engine.result, *engine.submit(list(self._requests(iter([asked.key])))))
+        again = list(self._requests(iter([asked.key]), ENDLESS))
+        return asked, functools.partial(engine.result, *engine.submit(again))
 
-    def _look(self, index: int, key: BatchKey, keys: Iterator[BatchKey], for_shapes: bool = False) -> Any:
-        engine, requests = self._running().engine, self._requests(itertools.chain([key], keys))
+    def _look(
+        self,
+        index: int,
+        key: BatchKey,
+        keys: Iterator[BatchKey],
+        for_shapes: bool = False,
+        further_epochs: int = 0,
+    ) -> Any:
+        engine, requests = self._running().engine, self._requests(itertools.chain([key], keys), further_epochs)
         take = functools.partial(self._prefetch.look, engine, index, self._stride, key, requests)
         if for_shapes:
-            return self._looks.look(engine, self._loader, index, self._position.plan.request(*key), take)
+            (request,) = self._requests(iter([key]), further_epochs)
+            return self._looks.look(engine, self._loader, index, request, take)
         return functools.partial(engine.result, take())
 
     def __iter__(self) -> Iterator[Any]:
@@ -137,7 +155,7 @@ class Bridge(Lifecycle):
             self._run_due_hook()
             self._send_changes()
             iteration = Iteration(self._position, epochs, claim)
-            requests = self._requests(key for *_, key in iteration.places())
+            requests = self._requests((key for *_, key in iteration.places()), epochs - 1)
             ahead = self._prefetch.open(self._running().engine, requests)
             moves = self._position.moves
         self._served_so_far.begin(not claim)
@@ -147,9 +165,7 @@ class Bridge(Lifecycle):
                 if batches and (len(batches) == together or not ahead.is_ready()):
                     yield batches
                     batches = []
-                if epoch != told:
-                    self._say_what_came_of(told)
-                    told = epoch
+                told = self._say_if_over(told, self._place_of(epoch, place)[0])
                 if self._position.moves != moves:
                     raise RuntimeError(
                         "load_state_dict() has moved the dataset in the middle of this iteration; begin a new one"
@@ -159,11 +175,20 @@ class Bridge(Lifecycle):
                     batches.append(batch if convert is None else convert(batch))
                     self._served_so_far.handed_out.add()
                     del batch
+                except StreamEnded as end:
+                    with self._lock:
+                        self._failures.add(end.failures)
+                        iteration.end()
+                        self._hook_is_due |= iteration.moves_the_dataset
+                    ended = True
+                    break
                 except Exception:
                     if batches:
                         yield batches  # those before it come out first
                     raise
                 with self._lock:
+                    epoch, place = self._place_of(epoch, place)
+                    told = self._say_if_over(told, epoch)
                     ended = iteration.hand_out(epoch, place)
                     self._hook_is_due |= ended and iteration.moves_the_dataset
             if batches:
@@ -174,6 +199,11 @@ class Bridge(Lifecycle):
             ahead.close()
             if claim or ended:
                 self._say_what_came_of(told)
+
+    def _say_if_over(self, told: int, epoch: int) -> int:
+        if epoch != told:
+            self._say_what_came_of(told)
+        return epoch
 
     # -- epochs --------------------------------------------------------------------------------------------------
 
@@ -199,7 +229,7 @@ class Bridge(Lifecycle):
             if self._prefetch.expected != expected:
                 order, count = self._position.order(expected), self._position.count
                 keys = ((expected.epoch, order[place]) for place in expected.positions(count))
-                self._prefetch.follow(self._running().engine, self._requests(keys), expected)
+                self._prefetch.follow(self._running().engine, self._requests(keys, ENDLESS), expected)
 
     def on_epoch_end(self) -> None:
         """Keras calls this after an epoch, and at other times; see `position`."""

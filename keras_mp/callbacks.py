@@ -37,7 +37,8 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
     as many steps as it had batches left. The state of the global `random`, which Keras shuffles batches with, and the
     states of the model's seed generators (dropout), which Keras's callback leaves out, are restored too.
 
-    With `steps_per_epoch`, the interrupted epoch of Keras has the steps that it had left.
+    With `steps_per_epoch`, the interrupted epoch of Keras has the steps that it had left. Of a stream without `length`
+    it has all its steps again, on the data that follow.
 
     Args:
         dataset: the dataset that `fit` trains on. Its export cannot be resumed.
@@ -105,7 +106,9 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
                     variable.assign(value)
             epoch, steps = saved["epoch"], saved["steps"]
             wanted = self.params.get("steps")
-            if steps and wanted is not None and wanted - steps < len(self._dataset):
+            if self._dataset.batches_per_epoch is None:
+                steps = 0  # Keras cannot be made to end an epoch early whose data, as far as it knows, never end
+            if steps and wanted is not None and wanted - steps < len(self._dataset.position):
                 # Keras ends this epoch when its data ends; the next one has a pass of its own over the rest.
                 self._dataset.position.limit = wanted - steps
         self._begin(epoch, steps)

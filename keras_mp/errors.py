@@ -56,6 +56,16 @@ class TooManyFailures(KerasMPError):
     """More samples of an epoch failed than `max_failures` allows."""
 
 
+class StreamEnded(KerasMPError, IndexError):
+    """There is no such batch: the epoch of the stream has ended before it.
+
+    Attributes:
+        failures: what failed behind the last batch.
+    """
+
+    failures: tuple[SampleFailure, ...] = ()
+
+
 class PoolClosed(KerasMPError):
     """The dataset or pool was used after `close()`."""
 
@@ -65,9 +75,10 @@ class SampleFailure:
     """One failed sample (or, with `index=None`, a failure of the whole batch).
 
     Attributes:
-        stage: the user code that failed: "source", "load", "cache" (what `load` gave cannot be kept), "transform",
-            "collate", "batch_transform", or a bucket's "lengths".
-        index: position of the sample in the source; None when the batch as a whole failed.
+        stage: the user code that failed: "source", "read" (of a stream), "load", "cache" (what `load` gave cannot be
+            kept), "transform", "collate", "batch_transform", or a bucket's "lengths".
+        index: position of the sample in the source, of a stream's that of its shard; None when the batch as a whole
+            failed.
         item: shortened `repr` of what the source held there.
         epoch: epoch number, from 0.
         batch: batch number within the epoch, from 0.
@@ -76,6 +87,7 @@ class SampleFailure:
         traceback: the formatted traceback, from the process that ran the code.
         where: that process, in words.
         replaced_by: position in the source of the sample that was served in its place; None where it was left out.
+        offset: of a stream: how many samples stand before it in its shard.
     """
 
     stage: str
@@ -88,10 +100,13 @@ class SampleFailure:
     traceback: str
     where: str
     replaced_by: int | None = None
+    offset: int | None = None
 
     def describe(self) -> str:
         """One line: what failed, on which sample of which batch, and how."""
         sample = "" if self.index is None else f"sample {self.index} ({self.item}), "
+        if self.offset is not None:
+            sample = f"sample {self.offset} of shard {self.index} ({self.item}), "
         reason = f"{self.type}: {self.message}" if self.message else self.type
         return f"{self.stage} failed on {sample}batch {self.batch} of epoch {self.epoch}: {reason}"
 

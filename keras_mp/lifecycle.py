@@ -66,7 +66,8 @@ class Lifecycle(keras.utils.PyDataset):
         """Starts afresh: at the first epoch of `plan`, nothing counted yet."""
         self._plan = plan
         self._position = Position(plan, None if self._seed_is_drawn else plan.seed, not self._choice.by_keras)
-        self._failures = FailureLog(self._max_failures, plan.epoch_length // plan.num_shards)
+        samples = plan.epoch_length // plan.num_shards if plan.counts_batches else None
+        self._failures = FailureLog(self._max_failures, samples)
 
     def _make_runtime_state(self) -> None:
         self._lock = threading.RLock()
@@ -76,9 +77,13 @@ class Lifecycle(keras.utils.PyDataset):
         self._looks = Looks()
         self._hook_is_due = False
 
-    def _requests(self, keys: Iterator[BatchKey]) -> Iterator[Request]:
+    def _requests(self, keys: Iterator[BatchKey], further_epochs: int = 0) -> Iterator[Request]:
+        """Requests for batches; where it is not known how many an epoch has, those of further epochs may follow."""
         plan, mark = self._position.plan, self._served_so_far.mark
-        return (mark(plan.request(*key)) for key in keys)
+        requests = (mark(plan.request(*key)) for key in keys)
+        if plan.counts_batches or not further_epochs:
+            return requests
+        return (request._replace(goes_on=further_epochs) for request in requests)
 
     def _served(self, key: BatchKey, load: Callable[..., Loaded], *arguments: Any) -> Any:
         self._check_open()

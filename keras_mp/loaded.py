@@ -186,7 +186,8 @@ class LoadedDataset(Bridge):
         """The same batches as a `tf.data.Dataset`, loaded ahead by the same workers and not copied.
 
         Each iteration of the result is a new epoch of this dataset (or `epochs` of them one after the other, the next
-        one loading while the last batches of the one before are consumed). Its cardinality is known.
+        one loading while the last batches of the one before are consumed). Its cardinality is known, but for streams
+        of unknown length.
 
         tf.data's autotuning is off in the result: nothing in it is to be tuned, and the tuner can hold up the end of an
         epoch (docs/speed.md). A pipeline of your own behind it may switch it on again by `with_options`.
@@ -210,9 +211,9 @@ class LoadedDataset(Bridge):
         return tfdata.export(self, checks.check_count(epochs, "epochs"), prefetch, element_spec)
 
     @property
-    def batches_per_epoch(self) -> int:
-        """Batches in a whole epoch; a very great number if it never ends."""
-        return self._position.count
+    def batches_per_epoch(self) -> int | None:
+        """Batches in a whole epoch; None if that is not known, or it never ends."""
+        return self._position.count if self._plan.counts_batches else None
 
     @property
     def position(self) -> Position:

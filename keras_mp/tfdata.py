@@ -92,7 +92,10 @@ class Exported(Protocol):
     def __len__(self) -> int: ...
 
     @property
-    def batches_per_epoch(self) -> int: ...
+    def batches_per_epoch(self) -> int | None: ...
+
+    @property
+    def is_endless(self) -> bool: ...
 
     @property
     def batch_axis(self) -> int | None: ...
@@ -116,11 +119,10 @@ def export(dataset: Exported, epochs: int, prefetch: int | None, element_spec: A
     spec = _Spec(with_tuples(element_spec))
     dtypes = [leaf.dtype for _, leaf in spec.leaves]
     per_epoch = dataset.batches_per_epoch
-    endless = per_epoch == ENDLESS
+    endless = dataset.is_endless
     if endless and epochs > 1:
         raise ValueError(f"epochs must be 1 for a dataset that never ends, got {epochs}")
-    total = per_epoch * epochs
-    resumed = not endless and len(dataset) != per_epoch
+    resumed = per_epoch is not None and len(dataset) != per_epoch
     streams: dict[int, Generator[Any]] = {}
     numbers = itertools.count()
     plain = tf.autograph.experimental.do_not_convert  # nothing in these functions needs AutoGraph's rewriting
@@ -128,7 +130,7 @@ def export(dataset: Exported, epochs: int, prefetch: int | None, element_spec: A
     def opened() -> Iterator[tuple[int, int]]:
         """Yields a new stream's number and length, once; TensorFlow drops this generator when its iterator is gone."""
         number = next(numbers)
-        count = total if endless else total - per_epoch + len(dataset)
+        count = ENDLESS if per_epoch is None else per_epoch * (epochs - 1) + len(dataset)
         stream = streams[number] = dataset.stream(epochs, True, together, spec.convert)
         try:
             yield number, count
@@ -154,17 +156,16 @@ def export(dataset: Exported, epochs: int, prefetch: int | None, element_spec: A
 
     def batches(number: tf.Tensor, count: tf.Tensor) -> tf.data.Dataset:
         calls = tf.data.Dataset.range(count)
-        if together == 1:
+        if together == 1 and (per_epoch is not None or endless):
             return calls.map(plain(lambda _: spec.pack(tf.numpy_function(take, [number], dtypes))))
         some = calls.map(plain(lambda _: tuple(tf.numpy_function(take_some, [number], [tf.int64, *dtypes * together]))))
         return some.take_while(plain(lambda count, *_: tf.ensure_shape(count, ()) > 0)).flat_map(plain(one_by_one))
 
     scalar = tf.TensorSpec((), tf.int64)
     streamed = tf.data.Dataset.from_generator(opened, output_signature=(scalar, scalar)).flat_map(plain(batches))
-    if not resumed:  # else the first iteration is shorter than those after it
-        streamed = streamed.apply(
-            tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY if endless else total)
-        )
+    if endless or (per_epoch is not None and not resumed):  # else the first iteration may be shorter than the others
+        cardinality = tf.data.INFINITE_CARDINALITY if per_epoch is None else per_epoch * epochs
+        streamed = streamed.apply(tf.data.experimental.assert_cardinality(cardinality))
     streamed = streamed.prefetch(tf.data.AUTOTUNE if prefetch is None else prefetch)
     # The call that waits for a batch keeps a thread busy; on threads of their own, it is none of the training's. And
     # there is nothing here to tune, while the tuner's records cost more than a small batch.

@@ -5,9 +5,10 @@
 
 Rounds of real `model.fit`, on the dataset itself and through `to_tf_dataset()`, iterations that are given up half-way,
 and episodes (tests/episodes.py): passes in the way of each Keras version and calls of `fit`, with looks, resumes and
-iterations in iterations at random. Every batch must be bit for bit what a process without workers makes of the same
-seed, in every epoch (P1, P2), and still be that when it is held for long (P6). Nothing may be left at the end (P4). No
-batch is hit twice, since that would rightly be an error. The exit code is 1 if anything was wrong.
+iterations in iterations at random; and streams (tests/stream_episodes.py). Every batch must be bit for bit what a
+process without workers makes of the same seed, in every epoch (P1, P2), and still be that when it is held for long (P6).
+Nothing may be left at the end (P4). No batch is hit twice, since that would rightly be an error. The exit code is 1 if
+anything was wrong.
 
 What happens in a round follows from the seed and the round's number; when workers are hit, from the clock too.
 """
@@ -41,7 +42,7 @@ import psutil
 
 import keras_mp
 from keras_mp.workers.handle import WorkerHandle
-from tests import census, episodes
+from tests import census, episodes, stream_episodes
 from tests.faults.common import digest
 from tests.soak_data import SIDE, transform
 
@@ -363,6 +364,8 @@ def soak(seconds: float, seed: int, workers: int = 2, only: int | None = None) -
             if way is None:
                 _run_episodes(rng, pools, report, is_over)
                 _run_trained_episode(rng, pools, report, counting)
+                report.epochs += stream_episodes.run_stream(rng, pools)
+                report.episodes["streamed"] += 1
             else:
                 round_seed = rng.randrange(1 << 30)
                 checker = Checker(round_seed, report, rng)

@@ -49,6 +49,15 @@ def test_quickstart_trains_both_ways() -> None:
     assert "Traceback" not in output
 
 
+def test_streams_reads_tars_lines_and_tables() -> None:
+    output = _run("streams.py", "--epochs", "1", "--workers", "2")
+    assert "9 tar files, 212 samples" in output
+    assert "read failed after 12 samples of tiles-008.tar" in output
+    padded, packed = (int(share) for share in re.findall(r"^(?:padded|packed): (\d+)%", output, re.MULTILINE))
+    assert padded < packed
+    assert "5 row groups, 225 rows" in output or "pyarrow is not installed" in output
+
+
 def test_existing_pydataset_trains_the_same_with_workers() -> None:
     output = _run("existing_pydataset.py")
     assert output.count("Epoch 3/3") == 2

@@ -14,7 +14,7 @@ _FLOORS = [
     {"__main__"},
     {"cli"},
     {"commands", "directories"},
-    {"dataset", "callbacks", "monitor", "plot"},
+    {"dataset", "stream", "callbacks", "monitor", "plot"},
     {"loaded"},
     {"bridge", "report"},
     {"lifecycle"},

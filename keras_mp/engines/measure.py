@@ -19,7 +19,7 @@ _DEPTH_PER_WORKER = 4
 
 
 def measure_lengths(
-    function: Callable[[int], int], count: int, choice: EngineChoice, seed: int, retries: int
+    function: Callable[[int], int], count: int, choice: EngineChoice, seed: int, retries: int, batch_size: int = _BATCH
 ) -> Indices:
     """Evaluates `function(index)` once for each sample.
 
@@ -29,6 +29,7 @@ def measure_lengths(
         choice: where it is evaluated.
         seed: for a function that draws random numbers.
         retries: how often a sample that fails is tried again.
+        batch_size: how many are evaluated by one worker without a word.
 
     Returns:
         The lengths: int64, shape (count,).
@@ -37,11 +38,11 @@ def measure_lengths(
         SampleError: the function failed, or returned something else than a whole number from 0.
         KerasMPError: it cannot be sent to the workers, or ended them.
     """
-    plan = Batching(count, _BATCH)
+    plan = Batching(count, batch_size)
     running = dataclasses.replace(choice, timeout_s=None).start(LengthLoader(function, seed, retries))
     requests = (plan.request(0, batch) for batch in range(plan.num_batches))
     depth = _DEPTH_PER_WORKER * max(1, choice.workers)
-    limit = NONE_AHEAD if choice.is_inline else Limit(depth, depth, depth * _BATCH * 8)
+    limit = NONE_AHEAD if choice.is_inline else Limit(depth, depth, depth * batch_size * 8)
     ahead = ReadAhead(running.engine, requests, limit)
     try:
         ahead.start()

@@ -20,6 +20,7 @@ from keras_mp.memory.files import Descriptor
 from keras_mp.plan.request import Request
 from keras_mp.plan.views import replace_leaves
 
+NOT_READ = "not read"
 SAMPLES_DONE = -2  # the position that is reported when all samples have been read, and the batch is put together
 
 
@@ -39,6 +40,16 @@ class Loaded(NamedTuple):
     work: Work | None = None
     queued_s: float = 0.0
     nbytes: int | None = None
+
+
+class Place:
+    """Where in the making of a sample its code is: at which stage, and for which item of the source."""
+
+    __slots__ = ("item", "stage")
+
+    def __init__(self) -> None:
+        self.stage = "source"
+        self.item: Any = NOT_READ
 
 
 def ignore_position(position: int) -> None:

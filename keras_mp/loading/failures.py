@@ -16,21 +16,26 @@ class FailureLog:
 
     Args:
         limit: how many samples may fail in one epoch: a count (int), a share (float), or None for no limit.
-        epoch_samples: samples in an epoch, which a share is taken of.
+        epoch_samples: samples in an epoch, which a share is taken of; None: that is not known.
     """
 
-    def __init__(self, limit: float | None, epoch_samples: int) -> None:
+    def __init__(self, limit: float | None, epoch_samples: int | None) -> None:
         self._limit = limit
         self._epoch_samples = epoch_samples
         self._kept: collections.deque[SampleFailure] = collections.deque(maxlen=_MAX_KEPT)
         # By epoch, and by batch and sample, as a batch may be loaded more than once: whether another was served.
-        self._seen: dict[int, dict[tuple[int, int | None], bool]] = {}
+        self._seen: dict[int, dict[tuple[int, int | None, int | None], bool]] = {}
         self.total = 0
 
     @property
     def kept(self) -> list[SampleFailure]:
         """The last thousand failures, oldest first."""
         return list(self._kept)
+
+    def _counted(self, count: int) -> str:
+        if self._epoch_samples is None:
+            return "1 sample" if count == 1 else f"{count} samples"
+        return f"{count} of {self._epoch_samples} samples"
 
     def add(self, failures: Iterable[SampleFailure]) -> None:
         """Lists and counts what failed in one batch.
@@ -40,17 +45,18 @@ class FailureLog:
         """
         for failure in failures:
             seen = self._seen.setdefault(failure.epoch, {})
-            if (failure.batch, failure.index) in seen:
+            sample = (failure.batch, failure.index, failure.offset)
+            if sample in seen:
                 continue
-            seen[failure.batch, failure.index] = failure.replaced_by is not None
+            seen[sample] = failure.replaced_by is not None
             self._kept.append(failure)
             self.total += 1
             if self._limit is None:
                 continue
-            allowed = self._limit * self._epoch_samples if isinstance(self._limit, float) else self._limit
+            allowed = self._limit * (self._epoch_samples or 0) if isinstance(self._limit, float) else self._limit
             if len(seen) > allowed:
                 raise TooManyFailures(
-                    f"{len(seen)} of {self._epoch_samples} samples have failed in epoch {failure.epoch}, more than "
+                    f"{self._counted(len(seen))} have failed in epoch {failure.epoch}, more than "
                     f"max_failures={self._limit} allows. The last: {failure.describe()}\n\nTraceback from "
                     f"{failure.where}:\n{failure.traceback}"
                 )
@@ -74,7 +80,7 @@ class FailureLog:
         if sys.stderr.isatty():
             sys.stderr.write("\n")  # Keras's progress bar may stand in this line
         warn_user(
-            f"keras_mp: {len(seen)} of {self._epoch_samples} samples failed in epoch {epoch} and were left out "
+            f"keras_mp: {self._counted(len(seen))} failed in epoch {epoch} and were left out "
             f"({len(seen) - replaced}) or replaced by others of the epoch ({replaced}); `dataset.failures` lists them. "
             f"{'' if last is None else 'The last: ' + last.describe()}"
         )

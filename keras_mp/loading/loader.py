@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from keras_mp.checks import length_of
-from keras_mp.errors import sample_error, short_repr
-from keras_mp.loading.base import SAMPLES_DONE, Loaded, Loader, batch_error, check_batch, failure_of
+from keras_mp.errors import SampleFailure, sample_error, short_repr
+from keras_mp.loading.base import NOT_READ, SAMPLES_DONE, Loaded, Loader, Place, batch_error, check_batch, failure_of
 from keras_mp.loading.builder import BatchBuilder
 from keras_mp.loading.cache import SampleCache
 from keras_mp.loading.collate import copied
@@ -39,19 +39,6 @@ OnError = Literal["raise", "skip", "replace"]
 # So many samples from elsewhere are tried for a batch without a good one: where one in twenty is good, all of them fail
 # in one such batch of half a million.
 _MAX_SUBSTITUTES = 256
-
-
-_NOT_READ = "not read"
-
-
-class _Place:
-    """Where in the making of a sample its code is: at which stage, and for which item of the source."""
-
-    __slots__ = ("item", "stage")
-
-    def __init__(self) -> None:
-        self.stage = "source"
-        self.item: Any = _NOT_READ
 
 
 @dataclasses.dataclass
@@ -128,6 +115,11 @@ class SampleLoader(Loader):
             self.cache.attach(fds)
 
     @property
+    def has_numbered_samples(self) -> bool:
+        """Whether `source[index]` is a sample, which a request names by that number."""
+        return True
+
+    @property
     def stacks(self) -> bool:
         """Whether samples are made a batch by code of ours, whose arrays nobody else holds."""
         return self.collate is None or isinstance(self.collate, Padding)
@@ -136,12 +128,18 @@ class SampleLoader(Loader):
         self, request: Request, report_position: Callable[[int], None], seed: Seeder | None, times: StageTimes
     ) -> Loaded:
         """A batch without a good sample is made of others, and fails only if they do too."""
+        times.begin_batch(request.epoch, request.batch, len(request.samples))
+        return self.make(request, report_position, seed, times)
+
+    def make(
+        self, request: Request, report_position: Callable[[int], None], seed: Seeder | None, times: StageTimes
+    ) -> Loaded:
+        """`load`, for a batch that has been begun."""
         builder = BatchBuilder(request, self.collate, self.on_error == "replace")
-        times.begin_batch(request.epoch, request.batch, builder.capacity)
         timed = times if self.runs_user_code else None  # else a sample takes less than to time it
         for position, index in enumerate(request.samples):
             repeat = request.repeats[position] if request.repeats else 0
-            key = Key(Stream.SAMPLE, self.seed, request.epoch, int(index), repeat) if self.runs_user_code else None
+            key = self.key_of(Stream.SAMPLE, request.epoch, int(index), repeat) if self.runs_user_code else None
             report_position(position)
             self._add_sample(builder, position, int(index), key, seed, timed)
         if builder.failures:
@@ -151,10 +149,26 @@ class SampleLoader(Loader):
             times.end_sample()
         return Loaded(self._finish(builder, seed, times), builder.reported_failures())
 
+    def key_of(self, stream: Stream, epoch: int, index: int, repeat: int) -> Key:
+        """The randomness of a sample."""
+        return Key(stream, self.seed, epoch, index, repeat)
+
+    def batch_key(self, request: Request) -> Key:
+        """The randomness of a batch."""
+        return Key(Stream.BATCH, self.seed, request.epoch, request.batch)
+
+    def number_of(self, index: int) -> int:
+        """What a failure names a sample by."""
+        return index
+
+    def failure(self, error: BaseException, stage: str, request: Request, index: int, item: str) -> SampleFailure:
+        """The record of a failed sample."""
+        return failure_of(error, stage, request, index, item)
+
     def index_at(self, request: Request, position: int) -> int:
         """Source index of the sample at a position of the request, be it a substitute's."""
         own = len(request.samples)
-        return int(request.samples[position] if position < own else self._substitutes(request)[position - own])
+        return int(request.samples[position] if position < own else self.substitutes(request)[position - own])
 
     def _add_sample(
         self,
@@ -174,7 +188,7 @@ class SampleLoader(Loader):
             return
         attempts = self.retries
         while True:
-            at = _Place()
+            at = Place()
             sample = None
             if times is not None:
                 times.item = at.item
@@ -200,8 +214,8 @@ class SampleLoader(Loader):
                     if times is not None:
                         times.retries += 1
                     continue
-                item = self._item_in_words(at, index)
-                failure = failure_of(error, at.stage, builder.request, index, item)
+                item = self.item_in_words(at, index)
+                failure = self.failure(error, at.stage, builder.request, index, item)
                 if self.on_error == "raise":
                     raise sample_error(failure, error) from error
                 builder.failures[position] = failure
@@ -209,7 +223,7 @@ class SampleLoader(Loader):
                     builder.keep_misfit(position, sample)
                 return
 
-    def _read(self, at: _Place, index: int, key: Key | None, seed: Seeder | None, times: StageTimes | None) -> Any:
+    def _read(self, at: Place, index: int, key: Key | None, seed: Seeder | None, times: StageTimes | None) -> Any:
         """The sample that `transform` gets: from the source and `load`, or what they gave before.
 
         `load` finds the random generators the same in every epoch, and `transform` as if there were neither it nor a
@@ -218,7 +232,7 @@ class SampleLoader(Loader):
         load, cache = self.load_sample, self.cache
         if seed is not None and key is not None:
             seed(key if load is None else Key(Stream.LOAD, self.seed, 0, index))
-        sample = None if load is None and cache is not None else self._read_item(at, index, times)
+        sample = None if load is None and cache is not None else self.read_item(at, index, times)
         if cache is None and load is None:
             return sample
         place = b""
@@ -235,7 +249,7 @@ class SampleLoader(Loader):
                 self._seed_again(key, seed)
                 return sample
             if load is None:
-                sample = self._read_item(at, index, times)
+                sample = self.read_item(at, index, times)
         if load is not None:
             at.stage = "load"
             sample = load(sample)
@@ -252,7 +266,7 @@ class SampleLoader(Loader):
         self._seed_again(key, seed)
         return sample
 
-    def _read_item(self, at: _Place, index: int, times: StageTimes | None) -> Any:
+    def read_item(self, at: Place, index: int, times: StageTimes | None) -> Any:
         """What the source holds there; a copy if it may be its own memory."""
         at.stage = "source"
         at.item = self.source[index]
@@ -266,10 +280,10 @@ class SampleLoader(Loader):
         if seed is not None and key is not None:
             seed(key)
 
-    def _item_in_words(self, at: _Place, index: int) -> str:
+    def item_in_words(self, at: Place, index: int) -> str:
         if at.stage == "source":
-            return _NOT_READ
-        return self._describe_item(index) if at.item is _NOT_READ else short_repr(at.item, 120)
+            return NOT_READ
+        return self.describe_item(index) if at.item is NOT_READ else short_repr(at.item, 120)
 
     def _repair(
         self,
@@ -286,10 +300,10 @@ class SampleLoader(Loader):
         request, capacity = builder.request, builder.capacity
         if not builder.row_of:
             wanted = capacity if self.on_error == "replace" else 1
-            for position, index in enumerate(self._substitutes(request), capacity):
+            for position, index in enumerate(self.substitutes(request), capacity):
                 if len(builder.row_of) + len(builder.misfits) == wanted:
                     break
-                key = Key(Stream.SUBSTITUTE, self.seed, request.epoch, index, request.batch)
+                key = self.key_of(Stream.SUBSTITUTE, request.epoch, index, request.batch)
                 report_position(position)
                 self._add_sample(builder, position, index, key, seed, times)
         if not builder.row_of:
@@ -299,13 +313,14 @@ class SampleLoader(Loader):
             raise sample_error(builder.failures[max(builder.failures)], None, note)
         for position, error in builder.use_majority().items():
             index = self.index_at(request, position)
-            builder.failures[position] = failure_of(error, "collate", request, index, self._describe_item(index))
+            item = self.describe_item(index)
+            builder.failures[position] = self.failure(error, "collate", request, index, item)
         for position, served in builder.fill_rows().items():
             if (failure := builder.failures.get(position)) is not None:
-                replaced_by = self.index_at(request, served)
+                replaced_by = self.number_of(self.index_at(request, served))
                 builder.failures[position] = dataclasses.replace(failure, replaced_by=replaced_by)
 
-    def _substitutes(self, request: Request) -> list[int]:
+    def substitutes(self, request: Request) -> list[int]:
         """Source indices of what may be served where all samples of a batch fail, in an order of their own."""
         own = {int(index) for index in request.samples}
         others = range(length_of(self.source)) if request.substitutes is None else request.substitutes
@@ -315,7 +330,7 @@ class SampleLoader(Loader):
         drawn = [index for number in chosen.tolist() if (index := int(others[number])) not in own]
         return drawn[:_MAX_SUBSTITUTES]
 
-    def _describe_item(self, index: int) -> str:
+    def describe_item(self, index: int) -> str:
         """What the source holds there, in words."""
         try:
             return short_repr(self.source[index], 120)
@@ -325,7 +340,7 @@ class SampleLoader(Loader):
     def _finish(self, builder: BatchBuilder, seed: Seeder | None, times: StageTimes) -> Any:
         request, stage = builder.request, "collate"
         try:
-            key = Key(Stream.BATCH, self.seed, request.epoch, request.batch) if self.runs_user_code else None
+            key = self.batch_key(request) if self.runs_user_code else None
             if seed is not None and key is not None:
                 seed(key)
             batch = builder.finish()

@@ -89,6 +89,27 @@ class Batching:
         """Tells plans of different buckets apart; None without buckets."""
         return None
 
+    @property
+    def counts_batches(self) -> bool:
+        """Whether the number of batches is known."""
+        return not self.is_endless
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a state to fit."""
+        return {
+            "length": self.length,
+            "epoch_length": self.epoch_length,
+            "batch_size": self.batch_size,
+            "shuffle": self.shuffle,
+            "order": self.order is not None,
+            "buckets": self.buckets_digest,
+            "drop_remainder": self.drop_remainder,
+            "num_shards": self.num_shards,
+            "shard": self.shard,
+            "seed": self.seed,
+        }
+
     def describe_size(self) -> str:
         """The size of batches, in words."""
         return str(self.batch_size)

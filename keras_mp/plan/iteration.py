@@ -52,6 +52,10 @@ class Iteration:
         progress.hand_out(place)
         if progress.left(self._position.count):
             return False
-        if self.moves_the_dataset:
-            self._position.finish(progress)
+        self.end()
         return True
+
+    def end(self) -> None:
+        """There is nothing left of the epoch."""
+        if self.moves_the_dataset:
+            self._position.finish(self._progress)

@@ -57,8 +57,8 @@ class Pass:
         self.call = call
         self.served = array.array("q")  # positions, in the order in which whoever runs the pass has asked for them
         self._count = count
-        self._places = array.array("q", [-1]) * (length * stride)  # by number: its position, or -1
-        self._asked = bytearray(length * stride)  # by number: whether whoever runs the pass has asked for it
+        self._places = array.array("q")  # by number, as far as they were asked: its position, or -1
+        self._asked = bytearray()  # by number: whether whoever runs the pass has asked for it
         self._order: Iterator[int] = itertools.islice(base.positions(count), length)
 
     @property
@@ -73,10 +73,14 @@ class Pass:
 
     def has(self, number: int, counts: bool) -> bool:
         """Whether `number` stands for a batch of the pass, or may; of several processes, others have most numbers."""
-        return 0 <= number < len(self._places) and (counts or self.stride == 1 or self._places[number] >= 0)
+        is_known = number < len(self._places) and self._places[number] >= 0
+        return 0 <= number < self.length * self.stride and (counts or self.stride == 1 or is_known)
 
     def place(self, number: int) -> tuple[int, bool]:
         """The position that `number` stands for, and whether it has only now been given one."""
+        if (missing := number + 1 - len(self._places)) > 0:
+            self._places.extend([-1] * missing)
+            self._asked.extend(bytes(missing))
         position = self._places[number]
         if position >= 0:
             return position, False

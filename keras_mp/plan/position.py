@@ -160,7 +160,7 @@ class Position:
         return self.batch_seed
 
     def claim(self, epochs: int) -> None:
-        """The current epoch and those after it, `epochs` in all, are an iteration's: who begins now takes the next."""
+        """The current epoch and those after it, `epochs` in all, are another's: who begins now takes the next."""
         self._start = Progress(self.epoch + epochs)
 
     @property

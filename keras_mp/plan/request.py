@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from keras_mp.errors import SampleFailure
+from keras_mp.plan.pieces import Reading
 
 
 class Request(NamedTuple):
@@ -19,6 +20,10 @@ class Request(NamedTuple):
 
     `stretch` is for a look at the shapes alone: 1 or 2 pads all axes whose lengths vary further than need be, to an odd
     or an even number, so that two looks differ in them.
+
+    Of a stream, `samples` are positions among those that `reading` says. A dataset asks for a batch by its number, as
+    one of `share` = (number of shards, this shard), and for a stream whose length is not known may let as many further
+    epochs follow as `goes_on` says; which samples of which lanes that is, the engine finds out.
     """
 
     epoch: int
@@ -29,3 +34,20 @@ class Request(NamedTuple):
     failed: tuple[tuple[int, SampleFailure], ...] = ()
     traced: bool = False
     stretch: int = 0
+    reading: Reading | None = None
+    share: tuple[int, int] = (1, 0)
+    goes_on: int = 0
+
+    @property
+    def affinity(self) -> tuple[int, int] | None:
+        """Epoch and lane: a worker that has made the batch before this one in it has what follows at hand."""
+        return (self.epoch, self.reading.pieces[0].lane) if self.reading and len(self.reading.pieces) == 1 else None
+
+    @property
+    def weight(self) -> int:
+        """How long it is on its way to a worker, in samples that are named by their numbers."""
+        rests = [piece.rest for piece in self.reading.pieces if piece.rest] if self.reading else ()
+        return len(self.samples) + sum(map(len, rests)) // _NUMBER_BYTES
+
+
+_NUMBER_BYTES = 8

@@ -21,6 +21,8 @@ class Stream(enum.IntEnum):
     BATCH_ORDER = 7  # of batches, where Keras shuffles them
     BUCKET_ORDER = 8  # of the batches of all buckets
     LOAD = 10  # of the code that runs before a cache, the same in every epoch
+    BLOCK = 11  # in which order a lane's block of samples comes
+    READ = 12  # of the code that reads a shard
     SPLIT = 9  # which samples go to which part of a source
 
 

@@ -22,7 +22,8 @@ def dump_state(progress: Progress, plan: Batching, loader: str, batch_seed: int 
     """
     return {
         "version": _VERSION,
-        **_identity(plan, loader),
+        "loader": loader,
+        **plan.identity,
         "epoch": progress.epoch,
         "position": progress.position,
         "missing": sorted(progress.missing),
@@ -46,7 +47,7 @@ def load_state(state: Mapping[str, Any], plan: Batching, loader: str) -> Progres
     Raises:
         ValueError: it is of another dataset, or names batches that there are not.
     """
-    for name, mine in _identity(plan, loader).items():
+    for name, mine in {"loader": loader, **plan.identity}.items():
         if state.get(name) != mine:
             raise ValueError(
                 f"state is of another dataset: {name} is {state.get(name)!r} there and {mine!r} here; make the "
@@ -63,19 +64,3 @@ def load_state(state: Mapping[str, Any], plan: Batching, loader: str) -> Progres
     if not isinstance(permuted, bool):
         raise ValueError(f"state has permuted {permuted!r}; it must be a bool")
     return Progress(epoch, position, set(missing), permuted)
-
-
-def _identity(plan: Batching, loader: str) -> dict[str, Any]:
-    return {
-        "loader": loader,
-        "length": plan.length,
-        "epoch_length": plan.epoch_length,
-        "batch_size": plan.batch_size,
-        "shuffle": plan.shuffle,
-        "order": plan.order is not None,
-        "buckets": plan.buckets_digest,
-        "drop_remainder": plan.drop_remainder,
-        "num_shards": plan.num_shards,
-        "shard": plan.shard,
-        "seed": plan.seed,
-    }

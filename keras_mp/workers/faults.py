@@ -67,9 +67,10 @@ class SampleNames:
     def __init__(self, loader: Loader) -> None:
         self._stage = "source"
         self._indexer: SampleLoader | None = None
+        self._are_numbered = loader.has_numbered_samples if isinstance(loader, SampleLoader) else True
         if isinstance(loader, SampleLoader) and loader.on_error != "raise":
             items = loader.source if type(loader.source) in (list, tuple) else range(len(loader.source))
-            self._indexer = SampleLoader(items, seed=loader.seed)
+            self._indexer = SampleLoader(items if loader.has_numbered_samples else (), seed=loader.seed)
             self._stage = "source" if loader.transform is None else "transform"
 
     @property
@@ -79,7 +80,7 @@ class SampleNames:
 
     def index_at(self, request: Request, position: int) -> int | None:
         """Source index of a request's sample, or None if it cannot be told."""
-        if position < 0:
+        if position < 0 or not self._are_numbered:
             return None
         if position < len(request.samples):
             return int(request.samples[position])

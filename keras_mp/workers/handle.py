@@ -63,10 +63,14 @@ class WorkerHandle:
         """Whether it is ready and has nothing to do."""
         return not self.bundles and self.process.ready and self.process.killed_at is None
 
+    @property
+    def is_usable(self) -> bool:
+        """Whether it may be given something to do, now or later."""
+        return self.process.ready and self.process.killed_at is None and not self.is_surplus
+
     def has_room(self, depth: int) -> bool:
         """Whether it may be given a bundle, where it may hold `depth` of them."""
-        is_usable = self.process.ready and self.process.killed_at is None and not self.is_surplus
-        return is_usable and len(self.bundles) < depth
+        return self.is_usable and len(self.bundles) < depth
 
     @property
     def busy_s(self) -> float:
@@ -110,7 +114,7 @@ class WorkerHandle:
         """Asks for the batches of the bundle begun last; before that come loader and slot, if the worker lacks them."""
         loader, slot = bundle.loader, bundle.lease.slot
         requests: Any = [job.request for job in bundle.jobs]
-        if sum(len(job.request.samples) for job in bundle.jobs) > INLINE_SAMPLES:
+        if sum(job.request.weight for job in bundle.jobs) > INLINE_SAMPLES:
             data = pickle.dumps(requests, protocol=5)
             try:
                 slot.write(data)

@@ -6,6 +6,7 @@ dataset that nobody uses any more can be collected while its batches are on thei
 
 from __future__ import annotations
 
+import collections
 import itertools
 import threading
 import time
@@ -16,6 +17,7 @@ from keras_mp.loading.timing import Work, WorkTotals
 from keras_mp.memory.files import Descriptor
 from keras_mp.memory.segment import Segment
 from keras_mp.memory.slots import SlotPool
+from keras_mp.plan.request import Request
 from keras_mp.workers.faults import SampleNames
 from keras_mp.workers.messages import SetLoader
 
@@ -25,6 +27,9 @@ _SHORT_LOAD_S, _SHORT_BUNDLE = 0.002, 4
 # And of these one worker makes more than a consumer can take, so that it costs nothing to leave the others idle.
 _TINY_LOAD_S, _TINY_BUNDLE = 0.00015, 8
 _BUNDLE_BYTES = 1 << 20  # as one batch that is kept keeps the slot of them all
+
+_AFFINITIES_KEPT = 4096
+_LEAST_LATE_S = 0.1
 
 _numbers = itertools.count()
 
@@ -50,6 +55,8 @@ class SharedLoader:
         self.closed_at = 0.0
         self.totals = WorkTotals()
         self.recorder = recorder or Recorder()
+        # By what a request says of its affinity: the process id of the worker that had the last one of the same.
+        self._workers: collections.OrderedDict[tuple[int, int], int] = collections.OrderedDict()
         self._mean_load_s = _SHORT_LOAD_S
         self.batch_bytes: int | None = None  # of the last one
         self._lock = threading.Lock()  # of what follows, and never held for long
@@ -80,6 +87,21 @@ class SharedLoader:
         if self.closed or message is None:
             raise PoolClosed("the dataset has been closed")
         return message, [segment.fd for segment in segments]
+
+    def worker_of(self, request: Request) -> int | None:
+        """Process id of the worker that has at hand what this request goes on with; None: all are alike."""
+        return None if request.affinity is None else self._workers.get(request.affinity)
+
+    def set_worker(self, request: Request, pid: int) -> None:
+        """That worker is given the request."""
+        if request.affinity is not None:
+            self._workers[request.affinity] = pid
+            if len(self._workers) > _AFFINITIES_KEPT:
+                self._workers.popitem(last=False)
+
+    def is_late(self, since: float) -> bool:
+        """Whether a worker that came to its batch at `since` is at it for much longer than usual."""
+        return time.monotonic() - since > max(_LEAST_LATE_S, 4 * self._mean_load_s)
 
     @property
     def depth(self) -> int:

@@ -39,6 +39,7 @@ def record_end(job: Job, end: WorkerEnd, pid: int, killed_at: float) -> None:
     blamed = position if position >= 0 and samples.may_be_left_out and is_to_blame else None
     index = samples.index_at(job.request, position)
     at = "after its last sample" if position == SAMPLES_DONE else "before its first sample"
+    at = f"at sample {position} of the batch" if position >= 0 else at
     where = at if index is None else f"at sample {index}"
     job.faults.append(Fault(kind, blamed, f"process {pid} {end.text}, {where}"))
     same = [fault.text for fault in job.faults if (fault.kind, fault.position) == (kind, blamed)]

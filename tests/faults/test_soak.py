@@ -16,4 +16,5 @@ def test_a_short_soak() -> None:
     assert report.batches > 0
     assert report.episodes["driven"] >= soak.KINDS_OF_EPISODES
     assert report.episodes["trained"] > 0
+    assert report.episodes["streamed"] > 0
     assert report.kills + report.stops + report.stalls + report.starvations > 0
