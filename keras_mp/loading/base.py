@@ -17,11 +17,14 @@ from keras_mp.loading.randomness import Generators, Seeder
 from keras_mp.loading.timing import SlowestSamples, StageTimes, Work
 from keras_mp.memory import pickling
 from keras_mp.memory.files import Descriptor
+from keras_mp.memory.packed import ListPacker
 from keras_mp.plan.request import Request
 from keras_mp.plan.views import replace_leaves
 
 NOT_READ = "not read"
 SAMPLES_DONE = -2  # the position that is reported when all samples have been read, and the batch is put together
+
+_OF_ONE_LOADER = {"copies_items", "generators", "slowest"}  # found out by each
 
 
 class Loaded(NamedTuple):
@@ -110,13 +113,17 @@ class Loader:
             os.close(fd)
 
     def dump(self, buffers: pickling.Buffers) -> bytes:
-        """Pickles it for a worker; the memory of its arrays is appended to `buffers`.
+        """Pickles it for a worker, long lists packed; the memory of its arrays is appended to `buffers`.
 
         Raises:
             KerasMPError: it holds something that cannot be pickled; the message says which part.
         """
+        sent, source = self, replace_leaves(self.source, self.packer.pack)
+        if source is not self.source:
+            sent = copy.copy(self)
+            sent.source = source
         try:
-            return pickling.dump_user_object(self, "dataset", buffers)
+            return pickling.dump_user_object(sent, "dataset", buffers)
         except KerasMPError:
             for field in dataclasses.fields(self):  # type: ignore[arg-type]  # every loader is a dataclass
                 pickling.dump_user_object(getattr(self, field.name), field.name)
@@ -131,12 +138,18 @@ class Loader:
         def replace(leaf: Any) -> Any:
             return shared_view(leaf) if isinstance(leaf, np.ndarray) else None
 
+        self.packer.share(shared_view)
         source = replace_leaves(self.source, replace)
         if source is self.source:
             return self
         other = copy.copy(self)
         other.source = source
         return other
+
+    @functools.cached_property
+    def packer(self) -> ListPacker:
+        """Packs long lists of the source, once; of this loader and its copies."""
+        return ListPacker()
 
     @functools.cached_property
     def slowest(self) -> SlowestSamples:
@@ -154,7 +167,7 @@ class Loader:
         return copy.copy(self)
 
     def __getstate__(self) -> dict[str, Any]:  # for a copy too
-        return {name: value for name, value in self.__dict__.items() if name not in ("generators", "slowest")}
+        return {name: value for name, value in self.__dict__.items() if name not in _OF_ONE_LOADER}
 
 
 def check_batch(batch: Any, stage: str) -> Any:

@@ -10,13 +10,12 @@ What the transform gets from an array or a list is its own copy: it may write in
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from keras_mp.checks import length_of
 from keras_mp.errors import SampleFailure, sample_error, short_repr
@@ -28,11 +27,9 @@ from keras_mp.loading.padding import Padding
 from keras_mp.loading.randomness import Key, Seeder, takes_rng
 from keras_mp.loading.timing import BATCH_TRANSFORM, CACHE, COLLATE, LOAD, SOURCE, STAGES, TRANSFORM, StageTimes
 from keras_mp.memory.files import Descriptor
-from keras_mp.memory.packed import ListPacker
-from keras_mp.memory.pickling import Buffers
 from keras_mp.plan.request import Request
 from keras_mp.plan.seeds import Stream, seed_sequence
-from keras_mp.plan.views import is_in_memory, is_plain, replace_leaves
+from keras_mp.plan.views import is_in_memory, is_plain
 
 OnError = Literal["raise", "skip", "replace"]
 
@@ -69,10 +66,8 @@ class SampleLoader(Loader):
 
     def __post_init__(self) -> None:
         self._namespace = b""
-        self._packer = ListPacker()
         self._transform_takes_rng = takes_rng(self.transform)
         self._batch_transform_takes_rng = takes_rng(self.batch_transform)
-        self._copies = is_in_memory(self.source) and bool(self.transform or self.load_sample or not self.stacks)
         functions = bool(self.transform or self.collate or self.batch_transform or self.load_sample)
         self.runs_user_code = functions or self.cache is not None or not is_plain(self.source)
 
@@ -81,19 +76,6 @@ class SampleLoader(Loader):
         if self.cache is not None:
             state["_namespace"] = self.cache.namespace(self.load_sample, self.source)
         return state
-
-    def dump(self, buffers: Buffers) -> bytes:
-        source = replace_leaves(self.source, self._packer.pack)
-        if source is self.source:
-            return super().dump(buffers)
-        sent = copy.copy(self)
-        sent.source = source
-        sent._copies &= is_in_memory(source)
-        return super(SampleLoader, sent).dump(buffers)
-
-    def sharing(self, shared_view: Callable[[npt.NDArray[Any]], npt.NDArray[Any] | None]) -> Self:
-        self._packer.share(shared_view)
-        return super().sharing(shared_view)
 
     def open(self) -> None:
         if self.cache is not None:
@@ -118,6 +100,11 @@ class SampleLoader(Loader):
     def has_numbered_samples(self) -> bool:
         """Whether `source[index]` is a sample, which a request names by that number."""
         return True
+
+    @functools.cached_property
+    def copies_items(self) -> bool:
+        """Whether an item may be memory of the source itself, and is given to code that may write into it."""
+        return is_in_memory(self.source) and bool(self.transform or self.load_sample or not self.stacks)
 
     @property
     def stacks(self) -> bool:
@@ -270,7 +257,7 @@ class SampleLoader(Loader):
         """What the source holds there; a copy if it may be its own memory."""
         at.stage = "source"
         at.item = self.source[index]
-        item = copied(at.item) if self._copies else at.item
+        item = copied(at.item) if self.copies_items else at.item
         if times is not None:
             times.item = at.item
             times.lap(SOURCE)

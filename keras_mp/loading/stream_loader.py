@@ -194,7 +194,7 @@ class _BatchLoader(SampleLoader):
             first: gives others.
         """
         made = object.__new__(cls)
-        made.__dict__.update(loader.__dict__, source=drawn, _copies=False)
+        made.__dict__.update(loader.__dict__, source=drawn, copies_items=False)
         made._shards, made._own, made._first = loader.source, len(drawn), first
         return made
 
