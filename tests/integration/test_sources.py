@@ -187,7 +187,7 @@ def made(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Any]:
 
 def test_its_samples_come_once_whoever_loads_them(made: Any, running_pool: keras_mp.WorkerPool) -> None:
     source, transform = made
-    options = {"batch_size": 5, "shuffle": True, "seed": 4}
+    options: Any = {"batch_size": 5, "shuffle": True, "seed": 4}
     with keras_mp.PoolDataset(source, transform, workers=0, **options) as dataset:
         plain = [*dataset, *dataset]
     with keras_mp.PoolDataset(source, transform, pool=running_pool, **options) as dataset:

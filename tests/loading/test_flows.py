@@ -84,9 +84,9 @@ def test_unshuffled_batches_are_those_of_the_iterator_itself(images: Path) -> No
 
 
 def test_a_sequence_that_does_not_call_the_constructor_of_its_base_class() -> None:
-    tf = pytest.importorskip("tensorflow")
+    sequence: Any = pytest.importorskip("tensorflow").keras.utils.Sequence
 
-    class Squares(tf.keras.utils.Sequence):  # type: ignore[misc]
+    class Squares(sequence):
         def __init__(self, count: int) -> None:
             self.order = np.arange(count)
 
