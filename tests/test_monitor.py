@@ -91,7 +91,7 @@ _LINES = textwrap.dedent(
 
 
 def test_a_line_after_each_epoch_stands_between_those_of_keras(tmp_path: Path) -> None:
-    lines = run_script(tmp_path / "train.py", _LINES).splitlines()
+    lines = run_script(tmp_path / "train.py", _LINES, KERAS_BACKEND="jax").splitlines()
     starts = [line.split(" - ")[0].split(": fit waited")[0] for line in lines]
     assert starts == ["Epoch 1/2", "10/10", "keras_mp, epoch 1", "Epoch 2/2", "10/10", "keras_mp, epoch 2", "end", "10"]
     assert "1 worker was" in lines[2] and "samples/s" in lines[2]

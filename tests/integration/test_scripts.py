@@ -98,7 +98,7 @@ def test_a_pydataset_in_a_script_without_a_guard(tmp_path: Path) -> None:
 
                 def __getitem__(self, index):
                     rows = self.order[index * 8:index * 8 + 8]
-                    heavy = bool({"keras", "tensorflow"} & set(sys.modules))
+                    heavy = bool({"keras", "jax"} & set(sys.modules))
                     return rows[:, None].astype("float32"), np.full(8, heavy)
 
                 def on_epoch_end(self):
@@ -115,6 +115,7 @@ def test_a_pydataset_in_a_script_without_a_guard(tmp_path: Path) -> None:
             print("trained")
             """
         ),
+        KERAS_BACKEND="jax",
     )
     assert output.splitlines()[-4:] == ["first [0, 8, 16, 24]", "second [31, 23, 15, 7]", "heavy False", "trained"]
 
