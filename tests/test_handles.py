@@ -446,6 +446,7 @@ class Endless(keras.utils.PyDataset):
         return np.full((2, 1), index, "float32"), np.zeros((2, 1), "float32")
 
 
+@pytest.mark.timeout(600)  # each worker imports Keras and its backend, as the class of the dataset does
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_dataset_that_never_ends(workers: int) -> None:
     with keras_mp.parallelize(Endless(), workers=workers) as dataset:

@@ -26,8 +26,10 @@ _RECORD = {
 
 
 def _record(**changed: Any) -> dict[str, Any]:
-    record = copy.deepcopy(_RECORD)
-    record["installed"] |= {name: changed.pop(name) for name in ("python", "keras") if name in changed}
+    record: dict[str, Any] = copy.deepcopy(_RECORD)
+    for name in ("python", "keras"):
+        if name in changed:
+            record["installed"][name] = changed.pop(name)
     return record | changed
 
 

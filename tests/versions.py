@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import platform
+import re
 import sys
 import xml.etree.ElementTree
 from collections.abc import Sequence
@@ -26,12 +28,14 @@ Record = dict[str, Any]
 
 
 def installed() -> dict[str, str]:
-    """What this interpreter runs with, by package. Keras is asked itself: it may be imported from its source."""
-    import keras
-
+    """What this interpreter runs with, by package. Keras may be a checkout of its source, which says what it is."""
     found = {"python": platform.python_version()}
     found |= {package: importlib.metadata.version(package) for package in _PACKAGES}
-    return found | {"keras": keras.__version__}
+    keras = importlib.util.find_spec("keras")
+    if keras is None or keras.origin is None:
+        raise ModuleNotFoundError("Keras is not installed here, and not on PYTHONPATH")
+    said = (Path(keras.origin).parent / "src" / "version.py").read_text(encoding="utf-8")
+    return found | {"keras": re.findall(r'^__version__ = "(.*)"$', said, re.MULTILINE)[0]}
 
 
 def counts(results: Path) -> dict[str, int]:

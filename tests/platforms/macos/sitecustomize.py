@@ -36,5 +36,5 @@ for _module, _names in _LACKING:
         if hasattr(_module, _name):
             delattr(_module, _name)
 builtins.open = _without_linux_files(open)
-os.open = _without_linux_files(os.open)  # type: ignore[assignment]
-os.stat = _without_linux_files(os.stat)  # type: ignore[assignment]
+os.open = _without_linux_files(os.open)
+os.stat = _without_linux_files(os.stat)
