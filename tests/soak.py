@@ -6,9 +6,9 @@
 Rounds of real `model.fit`, on the dataset itself and through `to_tf_dataset()`, iterations that are given up half-way,
 and episodes (tests/episodes.py): passes in the way of each Keras version and calls of `fit`, with looks, resumes and
 iterations in iterations at random; and streams (tests/stream_episodes.py). Every batch must be bit for bit what a
-process without workers makes of the same seed, in every epoch (P1, P2), and still be that when it is held for long (P6).
-Nothing may be left at the end (P4). No batch is hit twice, since that would rightly be an error. The exit code is 1 if
-anything was wrong.
+process without workers makes of the same seed, in every epoch (P1, P2), and still be that when it is held for long
+(P6). Nothing may be left at the end (P4). No batch is hit twice, since that would rightly be an error. The exit code is
+1 if anything was wrong.
 
 What happens in a round follows from the seed and the round's number; when workers are hit, from the clock too.
 """

@@ -9,6 +9,7 @@ import keras  # noqa: F401 - keras_mp imports it on first use, and the peers' im
 import keras_mp
 from benchmarks.folders import Folder
 from benchmarks.loaders import Feed
+from benchmarks.tars import BATCH_SIZE, Tars, decode, read
 from benchmarks.work import Fill, Samples, Work
 
 
@@ -24,6 +25,9 @@ def _dataset(work: Work, workers: int, pool: Any = None, in_slot: bool = False) 
         return keras_mp.image_dataset_from_directory(
             work.folder, batch_size=work.batch_size, shuffle=False, verbose=False, transform=transform, **options
         )
+    if isinstance(work, Tars):
+        length = len(work) * BATCH_SIZE
+        return keras_mp.StreamDataset(work.paths, read, decode, batch_size=BATCH_SIZE, length=length, **options)
     if isinstance(work, Samples):
         return keras_mp.PoolDataset(work.source, work.transform, batch_size=work.batch_size, **options)
     if in_slot and isinstance(work, Fill):

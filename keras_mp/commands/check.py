@@ -36,7 +36,11 @@ def run(arguments: argparse.Namespace, console: Console) -> int:
         dataset = dataset.with_workers(arguments.workers)
     if dataset.is_endless and arguments.sample is None:
         raise CommandError(f"{arguments.target} never ends; pass --sample N to check N batches of it")
-    with dataset.inspection(arguments.sample, arguments.timeout) as inspection:
+    try:
+        inspection = dataset.inspection(arguments.sample, arguments.timeout)
+    except TypeError as error:
+        raise CommandError(f"{arguments.target} cannot be checked: {error}") from error
+    with inspection:
         console.print(Text(repr(dataset)))
         findings = Findings(inspection.unit)
         elapsed_s = _inspect(inspection, findings, arguments.epochs, console)

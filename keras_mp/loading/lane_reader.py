@@ -19,6 +19,8 @@ from keras_mp.loading.randomness import Key, Seeder
 from keras_mp.plan.pieces import Cursor
 from keras_mp.plan.seeds import Stream, seed_sequence
 
+_OPENED, _READ_ON = 0, 1
+
 Failed = Callable[[BaseException, int, int], SampleFailure]  # of an error, a shard's number, and an offset in it
 
 
@@ -184,6 +186,8 @@ class LaneReader:
             if len(self._block) < taken:
                 raise RuntimeError(f"a block of lane {self._lane} has become shorter; do the shards change?")
             self._taken, self._failures = taken, []
+        if self._shards.block <= 1:
+            self._seed(seed, self._place, self._offset, _READ_ON)
         found: list[Drawn] = []
         while len(found) < count:
             if self._taken == len(self._block):
@@ -208,6 +212,8 @@ class LaneReader:
         self._start = Cursor(self._number, self._place, self._offset)
         self._block, self._taken = [], 0
         wanted, block = max(1, self._shards.block), list[Drawn]()
+        if wanted > 1:
+            self._seed(seed, self._place, self._offset, _READ_ON)
         while len(block) < wanted and self._place < len(self._order):
             sample = self._next(failed, seed)
             if sample is not None:
@@ -223,10 +229,11 @@ class LaneReader:
         shard, attempts = int(self._order[self._place]), self._shards.retries
         while True:
             try:
-                if seed is not None:
-                    seed(Key(Stream.READ, self._shards.seed, self._epoch, (shard << 32) + self._offset))
                 if self._samples is None:
+                    self._seed(seed, shard, 0, _OPENED)
                     self._samples = self._shards.open(shard, self._offset)
+                    if self._offset:
+                        self._seed(seed, self._place, self._offset, _READ_ON)
                 sample = next(self._samples)
             except StopIteration:
                 self._next_shard()
@@ -244,6 +251,15 @@ class LaneReader:
                 return None
             self._offset += 1
             return Drawn(shard, self._offset - 1, sample)
+
+    def _seed(self, seed: Seeder | None, high: int, low: int, kind: int) -> None:
+        """Seeds what `read` may draw from though it should not: where a shard is opened, and where a block begins.
+
+        Without blocks it is where a batch begins: for each sample it would take longer than to read it.
+        """
+        if seed is not None:
+            lane = 0 if kind == _OPENED else self._lane + 1
+            seed(Key(Stream.READ, self._shards.seed, self._epoch, (high << 32) + low, lane))
 
     def _next_shard(self) -> None:
         self.close()

@@ -136,7 +136,10 @@ class LanePlan(Batching):
         Raises:
             TypeError: always.
         """
-        raise TypeError("a stream has no samples that can be asked for by number, so it cannot be inspected")
+        raise TypeError(
+            "a stream has no samples that can be asked for by number, so it cannot be inspected; go through it with "
+            "on_error='skip', and look at its failures"
+        )
 
 
 class Lane(NamedTuple):

@@ -186,7 +186,7 @@ def test_a_state_of_another_stream_is_refused() -> None:
             other.load_state_dict(state)
 
 
-class _Stop(keras.callbacks.Callback):  # type: ignore[misc]
+class _Stop(keras.callbacks.Callback):
     def __init__(self, at: int) -> None:
         super().__init__()
         self.left = at
@@ -205,7 +205,7 @@ def test_backup_and_restore(at: int, length: int | None, steps: int | None, tmp_
     def run(stop: int | None) -> list[Any]:
         seen: list[Any] = []
 
-        class Model(keras.Model):  # type: ignore[misc]
+        class Model(keras.Model):
             def __init__(self) -> None:
                 super().__init__()
                 self.dense = keras.layers.Dense(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -141,6 +142,27 @@ def test_any_cut_and_any_workers(
         rest = [batch for _ in range(2) if data.epoch < 2 for batch in data]
     assert_equal(rest, flat[cut : cut + len(rest)])
     assert len(rest) >= len(flat) - cut or data.epoch < 2
+
+
+def test_read_that_draws_random_numbers_all_the_same(running_pool: keras_mp.WorkerPool) -> None:
+    class Drawing(Numbers):
+        def __call__(self, shard: int) -> Any:
+            np.random.randint(1 << 30)
+            for pair in super().__call__(shard):
+                yield np.array([*pair, np.random.randint(1 << 30), random.getrandbits(30)])
+
+    for shuffle in (0, 5):
+        options: dict[str, Any] = {"read": Drawing(), "transform": None, "shuffle": shuffle}
+        with stream(**options) as data:
+            expected, state = [], data.state_dict()
+            for batch in data:
+                expected.append(batch)
+                state = data.state_dict() if len(expected) == 9 else state
+        with stream(**options, pool=running_pool) as data:
+            assert_equal(list(data), expected)
+        with stream(**options) as data:
+            data.load_state_dict(state)
+            assert_equal(list(data), expected[9:])
 
 
 def test_two_at_once_and_looks_between(running_pool: keras_mp.WorkerPool, reference: list[Any]) -> None:
