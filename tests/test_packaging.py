@@ -24,6 +24,8 @@ _ROOT = Path(__file__).resolve().parents[1]
 _MEMBERS = re.compile(r"^::: keras_mp\.(\w+)\n    options:\n      members: \[([^\]]*)\]", re.MULTILINE)
 _README = _ROOT / "README.md"
 
+pytestmark = pytest.mark.timeout(600)  # it builds, and mypy reads NumPy
+
 for _tool in ("build", "hatchling", "mypy", "pip", "twine"):
     pytest.importorskip(_tool, reason=f"{_tool} is of the extra 'dev'")
 
@@ -38,7 +40,7 @@ def _run(arguments: Sequence[str | Path], folder: Path) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=150,
+        timeout=500,
         check=False,
     )
     assert done.returncode == 0, done.stdout

@@ -13,10 +13,12 @@ import textwrap
 from pathlib import Path
 
 import psutil
+import pytest
 
 import keras_mp
 from tests.support import python_path, run_script
 
+pytestmark = pytest.mark.timeout(600)  # several interpreters one after the other, each of which imports Keras
 _MACOS = Path(__file__).parent / "platforms" / "macos"
 
 
@@ -83,7 +85,7 @@ def test_macos_serves_the_same_data_through_kills_stops_and_a_cache(tmp_path: Pa
                 raise SystemExit(f"{pid} is left")
         """
     )
-    output = run_script(tmp_path / "train.py", code, PYTHONPATH=_macos_path(), KERAS_BACKEND="numpy")
+    output = run_script(tmp_path / "train.py", code, timeout_s=500, PYTHONPATH=_macos_path(), KERAS_BACKEND="numpy")
     assert int(output.split()[-1]) >= 2
 
 
@@ -110,7 +112,7 @@ def test_macos_exports_and_shares_no_descriptor_with_children(tmp_path: Path) ->
                 assert not np.concatenate(list(dataset)).any()
         """
     )
-    run_script(tmp_path / "train.py", code, PYTHONPATH=_macos_path(), KERAS_BACKEND="tensorflow")
+    run_script(tmp_path / "train.py", code, timeout_s=500, PYTHONPATH=_macos_path(), KERAS_BACKEND="tensorflow")
 
 
 def test_macos_leaves_no_worker_when_the_training_is_killed(tmp_path: Path) -> None:  # P4
@@ -168,7 +170,7 @@ _WINDOWS = _script(
 def _windows(tmp_path: Path, text: str, before: str = "") -> str:
     text = f"{_script(before)}become_windows()\nimport keras_mp\n{_script(text)}"
     code = _WINDOWS + textwrap.indent(text, "    ")
-    return run_script(tmp_path / "train.py", code, KERAS_BACKEND="numpy")
+    return run_script(tmp_path / "train.py", code, timeout_s=500, KERAS_BACKEND="numpy")
 
 
 def test_windows_imports_every_public_name(tmp_path: Path) -> None:
