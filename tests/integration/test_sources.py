@@ -15,6 +15,8 @@ import pytest
 import keras_mp
 from tests.support import assert_alike
 
+pytestmark = pytest.mark.any_backend
+
 _COUNT = 22
 
 
