@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-NO_SAMPLE = "the transform returned None, or, without a transform, the source; did it forget to return the sample?"
+NO_SAMPLE = "the transform returned None; did it forget to return the sample? (Without a transform, the source did.)"
 
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], npt.NDArray[Any]]
 
