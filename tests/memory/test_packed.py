@@ -48,7 +48,7 @@ def test_items_come_back(kind: str) -> None:
         packed[_COUNT]
 
 
-@given(st.lists(st.one_of(st.text(), st.integers(), st.binary(), st.tuples(st.floats(), st.none())), min_size=1))
+@given(st.lists(st.one_of(st.text(), st.integers(), st.binary(), st.tuples(st.floats(allow_nan=False), st.none())), min_size=1))
 @settings(max_examples=20)
 def test_any_values(values: list[Any]) -> None:
     items = tuple(values[number % len(values)] for number in range(_COUNT))
@@ -160,10 +160,10 @@ def test_a_worker_has_no_list_of_its_own() -> None:
     def own_bytes(item: Any) -> Any:
         return np.int64(psutil.Process().memory_full_info().uss)
 
-    source = [(f"/data/a/rather/long/path/image {number}.png", number) for number in range(300_000)]
+    source = [(f"/data/a/rather/long/path/image {number}.png", number, number / 7) for number in range(300_000)]
     with keras_mp.WorkerPool(1) as pool:
         with keras_mp.PoolDataset(source[:9], own_bytes, batch_size=1, pool=pool) as few:
             before = int(_batches(few, 1)[0][0])
         with keras_mp.PoolDataset(source, own_bytes, batch_size=1, pool=pool) as many:
             (batch,) = _batches(many, 1)
-    assert int(batch[0]) - before < 5_000_000  # as a list it would be 60 MB
+    assert int(batch[0]) - before < 25_000_000  # as a list it would be 60 MB
