@@ -119,25 +119,27 @@ def test_macos_leaves_no_worker_when_the_training_is_killed(tmp_path: Path) -> N
     code = _SAMPLES + _script(
         """
         def endless(item):
-            while item >= 16:
+            while True:
                 pass
-            return item
 
         pool = keras_mp.WorkerPool(2)
-        dataset = make(transform=endless, load=None, shuffle=False, pool=pool)
-        batches = iter(dataset)
-        next(batches), next(batches)
+        while len(pool.stats()["pids"]) < 2:
+            with keras_mp.PoolDataset(range(16), batch_size=1, pool=pool) as started:
+                list(started)
+        dataset = make(transform=endless, load=None, pool=pool)
         print(*pool.stats()["pids"], flush=True)
-        next(batches)
+        next(iter(dataset))
         """
     )
     script = tmp_path / "train.py"
     script.write_text(code)
     environment = {**os.environ, "PYTHONPATH": _macos_path(), "KERAS_BACKEND": "numpy"}
     with subprocess.Popen([sys.executable, script], env=environment, stdout=subprocess.PIPE, text=True) as training:
-        assert training.stdout is not None
-        workers = [psutil.Process(int(pid)) for pid in training.stdout.readline().split()]
-        training.send_signal(signal.SIGKILL)
+        try:
+            assert training.stdout is not None
+            workers = [psutil.Process(int(pid)) for pid in training.stdout.readline().split()]
+        finally:
+            training.send_signal(signal.SIGKILL)
     assert len(workers) == 2
     assert not psutil.wait_procs(workers, timeout=60)[1]
 

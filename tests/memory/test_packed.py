@@ -48,7 +48,11 @@ def test_items_come_back(kind: str) -> None:
         packed[_COUNT]
 
 
-@given(st.lists(st.one_of(st.text(), st.integers(), st.binary(), st.tuples(st.floats(allow_nan=False), st.none())), min_size=1))
+@given(
+    st.lists(
+        st.one_of(st.text(), st.integers(), st.binary(), st.tuples(st.floats(allow_nan=False), st.none())), min_size=1
+    )
+)
 @settings(max_examples=20)
 def test_any_values(values: list[Any]) -> None:
     items = tuple(values[number % len(values)] for number in range(_COUNT))
