@@ -15,6 +15,12 @@ _MIB = 1 << 20
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the allocator is glibc's")
 
 
+@pytest.fixture(autouse=True)
+def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)  # Dask sets one in the process that starts a cluster
+
+
 def _held_mib() -> float:
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096 / _MIB
