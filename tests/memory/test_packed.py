@@ -160,14 +160,15 @@ def test_a_failing_item_is_named(running_pool: keras_mp.WorkerPool) -> None:
         next(iter(dataset))
 
 
-def test_a_worker_has_no_list_of_its_own() -> None:
-    def own_bytes(item: Any) -> Any:
-        return np.int64(psutil.Process().memory_full_info().uss)
+def _own_bytes(item: Any) -> Any:
+    return np.int64(psutil.Process().memory_full_info().uss)
 
+
+def test_a_worker_has_no_list_of_its_own() -> None:
     source = [(f"/data/a/rather/long/path/image {number}.png", number, number / 7) for number in range(300_000)]
     with keras_mp.WorkerPool(1) as pool:
-        with keras_mp.PoolDataset(source[:9], own_bytes, batch_size=1, pool=pool) as few:
+        with keras_mp.PoolDataset(source[:9], _own_bytes, batch_size=1, pool=pool) as few:
             before = int(_batches(few, 1)[0][0])
-        with keras_mp.PoolDataset(source, own_bytes, batch_size=1, pool=pool) as many:
+        with keras_mp.PoolDataset(source, _own_bytes, batch_size=1, pool=pool) as many:
             (batch,) = _batches(many, 1)
     assert int(batch[0]) - before < 25_000_000  # as a list it would be 60 MB
