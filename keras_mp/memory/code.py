@@ -141,6 +141,8 @@ def _finds(module: types.ModuleType) -> bool:
         return True
     if file is None:  # as of a folder without `__init__.py`; but also of a module that was made at run time
         return not spec.has_location and module.__spec__ is not None
+    if "-packages" in file:  # Ray puts copies of installed packages before them on the path: either will do
+        return True
     places = (place for place in (spec.origin, spec.cached) if place)
     return file == spec.origin or os.path.realpath(file) in map(os.path.realpath, places)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import pickle
 import socket
 import subprocess
@@ -290,6 +291,20 @@ def test_functions_travel_by_value() -> None:
     value = [lambda x: x - 1, closure, Local()]
     data = pickling.dump_user_object(value, "transform")
     assert _in_a_new_process(data, "[f(5) for f in value]") == "[4, 15, 50]"
+
+
+def test_an_installed_module_that_another_copy_hides_travels_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # as Ray hides psutil
+    for folder in ("site-packages", "thirdparty"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "hidden_by_a_copy.py").write_text("file = open(__file__)\n")
+        monkeypatch.syspath_prepend(tmp_path / folder)
+        module = importlib.import_module("hidden_by_a_copy")  # the second time, the one that is there
+    with module.file:
+        (again,) = pickle.loads(pickling.dump_user_object([module], "transform"))
+        assert again is module
+    monkeypatch.delitem(sys.modules, "hidden_by_a_copy")
 
 
 def test_what_main_defines_travels_by_value() -> None:
