@@ -5,19 +5,14 @@ As a list, a million tuples would be unpickled by every worker before its first 
 
 from __future__ import annotations
 
-import datetime
-import decimal
-import fractions
 import io
 import itertools
 import operator
-import pathlib
 import pickle
 import sys
 import types
-import uuid
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,11 +23,9 @@ _SMALL_ITEM_BYTES = 256
 _LOOKED_AT = 500
 _MOST_SHARED = 3  # how much larger others may become, as each has its own copy of what they have in common
 
-_IMMUTABLE = {int, float, complex, bool, str, bytes, type(None), type(pathlib.Path())}
-_VALUES = (
-    *(np.generic, np.dtype, complex, range, slice, uuid.UUID, decimal.Decimal, fractions.Fraction),
-    *(pathlib.PurePath, datetime.date, datetime.time, datetime.timedelta, datetime.tzinfo),
-)
+_IMMUTABLE = {int, float, complex, bool, str, bytes, type(None)}
+# Whose objects are plain values too, and immutable; by name, as a worker need not import them.
+_VALUE_MODULES = {"datetime", "decimal", "fractions", "pathlib", "uuid"}
 _WELL_KNOWN = {"numpy", *sys.stdlib_module_names} - {"__main__"}
 
 
@@ -67,14 +60,11 @@ class PackedList(Sequence[Any]):
 class ListPacker:
     """Packs the lists of one loader, and remembers what it has packed as long as they stay as they are.
 
-    A copy of it, as in a copy of the loader, is the same; pickled, it remembers nothing.
+    Pickled, it remembers nothing.
     """
 
     def __init__(self) -> None:
         self._packed: dict[int, tuple[Sequence[Any], PackedList]] = {}  # by the list's id: its items, which live so
-
-    def __copy__(self) -> Self:
-        return self
 
     def __reduce__(self) -> Any:
         return ListPacker, ()
@@ -116,10 +106,14 @@ class _ItemPickler(pickle.Pickler):
         elif isinstance(obj, type | types.FunctionType | types.BuiltinFunctionType):  # what makes a value again
             plain = (obj.__module__ or "").partition(".")[0] in _WELL_KNOWN
         else:
-            plain = isinstance(obj, _VALUES)
+            plain = isinstance(obj, np.generic | np.dtype | complex | range | slice) or _is_value(type(obj))
         if not plain:
             raise _NotPlain
         return NotImplemented
+
+
+def _is_value(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] in _VALUE_MODULES
 
 
 def _pack(items: Sequence[Any]) -> PackedList | None:
@@ -150,7 +144,7 @@ def _are_immutable(items: Sequence[Any]) -> bool:
     """Whether the items can only be replaced, not changed."""
     while items:
         kinds = set(map(type, items))
-        if not kinds - {tuple} <= _IMMUTABLE:
+        if not all(kind in _IMMUTABLE or _is_value(kind) for kind in kinds - {tuple}):
             return False
         if tuple not in kinds:
             return True
