@@ -6,7 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,18 @@ needs_tensorflow = pytest.mark.skipif(
 )
 
 
-def run_script(path: Path, code: str, *, timeout_s: float = 120, **environment: str) -> str:
-    """Writes `code` to `path`, runs it as `python path`, and returns its standard output.
-
-    It must end with exit code 0, and leave no traceback on its error output.
-    """
-    path.write_text(code, encoding="utf-8")
+def run(
+    arguments: Sequence[object],
+    environment: Mapping[str, str],
+    *,
+    timeout_s: float = 120,
+    exit_code: int = 0,
+    cwd: Path | None = None,
+) -> subprocess.CompletedProcess[str]:
+    """Runs a program, with this checkout's package on Python's path; it must end with that exit code."""
     done = subprocess.run(
-        [sys.executable, path],
-        cwd=path.parent,
+        [*map(str, arguments)],
+        cwd=cwd,
         env={**os.environ, "PYTHONPATH": python_path(), **environment},
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -36,7 +39,17 @@ def run_script(path: Path, code: str, *, timeout_s: float = 120, **environment: 
         timeout=timeout_s,
         check=False,
     )
-    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == exit_code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def run_script(path: Path, code: str, *, timeout_s: float = 120, **environment: str) -> str:
+    """Writes `code` to `path`, runs it as `python path`, and returns its standard output.
+
+    It must end with exit code 0, and leave no traceback on its error output.
+    """
+    path.write_text(code, encoding="utf-8")
+    done = run([sys.executable, path], environment, timeout_s=timeout_s, cwd=path.parent)
     assert "Traceback" not in done.stderr, done.stderr
     return done.stdout
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import numpy as np
 import pytest
 
 import keras_mp
-from tests.support import python_path
+from tests.support import run
 
 _SCRIPT = Path(__file__).parent / "scripts" / "resumable.py"
 
@@ -101,16 +99,8 @@ def test_a_drawn_seed_is_shown_and_taken_over() -> None:
 
 def train(*runs: str, backend: str, killed: bool = False) -> list[list[str]]:
     """The words that the script says of each run."""
-    done = subprocess.run(
-        [sys.executable, _SCRIPT, *runs],
-        env={**os.environ, "PYTHONPATH": python_path(), "KERAS_BACKEND": backend},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == (-signal.SIGKILL if killed else 0), done.stderr
+    exit_code = -signal.SIGKILL if killed else 0
+    done = run([sys.executable, _SCRIPT, *runs], {"KERAS_BACKEND": backend}, timeout_s=280, exit_code=exit_code)
     return [line.split() for line in done.stdout.splitlines()]
 
 

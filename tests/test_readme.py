@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support import python_path
+from tests.support import run_script
 
 _ROOT = Path(__file__).resolve().parents[1]
 _README = (_ROOT / "README.md").read_text(encoding="utf-8")
@@ -54,22 +51,7 @@ def _run(code: str, folder: Path) -> str:
     backend = "jax" if "fit(" in code else "numpy"
     if re.search("tensorflow|to_tf_dataset", code):
         backend = "tensorflow"
-    script = folder / "page.py"
-    script.write_text(code, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, script],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": python_path(), "KERAS_BACKEND": backend},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    assert "Traceback" not in done.stdout
-    return done.stdout
+    return run_script(folder / "page.py", code, KERAS_BACKEND=backend)
 
 
 def test_readme_names_what_exists() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
 import sys
 import venv
 from pathlib import Path
@@ -13,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support import python_path
+from tests.support import run
 
 _TESTS = Path(__file__).resolve().parent
 
@@ -45,16 +43,8 @@ def test_all_but_the_export_works(backend: str, python: Path, tmp_path: Path) ->
     for name in ("bad", "good"):
         (data / "texts" / name).mkdir(parents=True)
         (data / "texts" / name / "1.txt").write_text(f"a {name} one")
-    done = subprocess.run(
-        [python, _TESTS / "scripts" / "without_tensorflow.py", _TESTS.parent / "examples" / "quickstart.py", data],
-        env={**os.environ, "PYTHONPATH": python_path(), "KERAS_BACKEND": backend},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    script, quick_start = _TESTS / "scripts" / "without_tensorflow.py", _TESTS.parent / "examples" / "quickstart.py"
+    done = run([python, script, quick_start, data], {"KERAS_BACKEND": backend}, timeout_s=150)
     lines = done.stdout.splitlines()
     said = {name: rest for name, colon, rest in (line.partition(": ") for line in lines) if colon}
     assert "Epoch 2/2" in lines  # of the quick start

@@ -8,7 +8,7 @@ import pathlib
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,20 @@ def test_bytes_come_back_and_stay_within_the_bound(nbytes: int, puts: list[tuple
     store.close()
 
 
+_FORK = multiprocessing.get_context("fork")
+
+
+def _fork(calls: Sequence[tuple[Any, ...]]) -> None:
+    """Runs functions with their arguments, each in a process of its own, beside each other."""
+    processes = [_FORK.Process(target=function, args=arguments) for function, *arguments in calls]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+        process.close()
+
+
 def _fill(fds: tuple[int, ...], first: int) -> None:
     store = SharedStore(400, 1 << 20, [os.dup(fd) for fd in fds])
     for index in range(first, 400, 4):
@@ -65,14 +79,7 @@ def _fill(fds: tuple[int, ...], first: int) -> None:
 
 def test_processes_add_beside_each_other() -> None:
     store = SharedStore(400, 1 << 20)
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_fill, args=(store.fds, first)) for first in range(4)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
-        process.close()
+    _fork([(_fill, store.fds, first) for first in range(4)])
     for index in range(400):
         found = store.get(index, index.to_bytes(16, "little"))
         assert found is not None
@@ -92,15 +99,8 @@ def _race(stores: list[SharedStore], first: int, barrier: Any) -> None:
 
 def test_no_room_is_given_twice() -> None:  # P2: one sample's bytes would be another's
     stores = [SharedStore(_ROWS, _ROWS * 64) for _ in range(_STORES)]  # so small that each sample asks for its room
-    context = multiprocessing.get_context("fork")
-    barrier = context.Barrier(2)
-    processes = [context.Process(target=_race, args=(stores, first, barrier)) for first in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
-        process.close()
+    barrier = _FORK.Barrier(2)
+    _fork([(_race, stores, first, barrier) for first in range(2)])
     for store in stores:
         for index in range(_ROWS):
             found = store.get(index, b"k" * 16)
