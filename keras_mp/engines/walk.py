@@ -228,12 +228,9 @@ class Walk:
         number = self._number + len(self._turns)
         made = Turn(lane, self.plan.request(self.epoch, number)._replace(reading=reading))
         made.request = self._request(made, number)
-        if self.plan.size_of(number) < self.plan.batch_size and number not in self._looks():
+        if self.plan.size_of(number) < self.plan.batch_size and not made.request.stretch:  # and is no look
             made.request = made.request._replace(samples=range(0))  # most likely it is made of what is left over
         return made
-
-    def _looks(self) -> dict[int, Any]:
-        return {number: handle for number, handle in self.wanted.items() if handle.request.stretch}
 
     def _request(self, turn: Turn, number: int) -> Request:
         """What is to be asked for, if the turn is the batch of this number."""
