@@ -34,6 +34,12 @@ def image_and_label(index: Any) -> tuple[np.ndarray[Any, Any], np.int64]:
     return np.full((4, 4, 1), index, dtype=np.float32), np.int64(index % 2)
 
 
+def slow_where(_: Any) -> list[int]:
+    """The process and its parent, by their ids, after a moment in which others may be given work."""
+    threading.Event().wait(0.02)
+    return [os.getpid(), os.getppid()]
+
+
 def process_facts(_: Any) -> dict[str, Any]:
     """What the worker is: its process, its own memory in kB (PSS), and whether it has loaded keras or tensorflow."""
     heavy = sorted({"keras", "tensorflow", "jax", "torch"} & set(sys.modules))

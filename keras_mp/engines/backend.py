@@ -23,10 +23,13 @@ class Placed(Protocol):
 
     @property
     def place(self) -> Any:
-        """What a task is given in order to get at it: a `Place`, or what becomes one on its way to the worker."""
+        """What a task is given in order to get at it: a `Place`, or what the backend makes one of."""
 
-    def renewed(self) -> Any:
+    def renewed(self, worker: str | None) -> Any:
         """What a task is given whose worker has not got at it before; None: the place, which has been seen to.
+
+        Args:
+            worker: who that was, if it has said so.
 
         Raises:
             Exception: there is no place any more; `Backend.explain` says why.
@@ -67,9 +70,9 @@ class Load:
             raise KerasMPError("the executor is one of threads, which need no pickle")
         return remote.load, self.placed.key, self.placed.place if self._place is None else self._place
 
-    def renewed(self) -> Load:
+    def renewed(self, worker: str | None) -> Load:
         """The same for a task whose worker has not got at the loader before."""
-        place = None if self.placed is None else self.placed.renewed()
+        place = None if self.placed is None else self.placed.renewed(worker)
         return Load(self._loader, self._isolation, self.placed, place)
 
     def __call__(self, request: Request) -> Loaded:
@@ -143,7 +146,7 @@ class _InMemoryFile:
         self._file = MemoryFile(package)
         self.place = self._file.place
 
-    def renewed(self) -> Place:
+    def renewed(self, worker: str | None) -> Place:
         return InTask(self._file.package())
 
     def close(self) -> None:
@@ -159,7 +162,7 @@ class _InTasks:
         self.key = package.key
         self._package = package.copied()
 
-    def renewed(self) -> Place:
+    def renewed(self, worker: str | None) -> Place:
         return InTask(self._package)
 
     def close(self) -> None:

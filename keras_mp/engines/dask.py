@@ -1,8 +1,10 @@
 """Loading on a Dask cluster: `pool=Client`, or the executor that `client.get_executor()` gives.
 
-The package is scattered to all workers once. A worker that comes later gets it from another with its first task, as
-Dask does with whatever a task depends on. Batches come back as the bytes of their arrays, straight from the worker
-where the client can reach it.
+The package is scattered to all workers once, and each keeps what it makes of it. It is no dependency of the tasks:
+Dask gives these to workers that have what they depend on, and drops all copies but one of what no task is waiting for
+(`ReduceReplicas` of its active memory manager), so that after a pause, or a worker's death, one worker would load
+everything. A worker that has no copy says so, and gets one with a task that is meant for it. Batches come back as the
+bytes of their arrays, straight from the worker where the client can reach it.
 
 Dask runs the tasks of a worker that died again, and gives a task up that has ended more workers than
 `distributed.scheduler.allowed-failures`. A package that went with the last worker is scattered anew. If its connection
@@ -14,21 +16,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import socket
 import sys
 import threading
 import time
 from concurrent.futures import CancelledError, Future, InvalidStateError
-from typing import Any
+from typing import Any, NamedTuple, cast
 
+from keras_mp.engines import remote
 from keras_mp.engines.backend import Load, Placed, broken_or_shut_down
-from keras_mp.engines.package import Package
+from keras_mp.engines.package import Key, Package
 from keras_mp.errors import KerasMPError, WorkerCrashed
 from keras_mp.plan.request import Request
 
 _REACH_TIMEOUT_S = 2.0
 _FIRST_WORKER_TIMEOUT_S = 60.0  # a cluster may be just starting
 _POLL_S = 0.05
+_WATCH_S = 2.0  # how often a worker asks whether the datasets that it has loaders of are still open
 
 
 def client_of(pool: Any) -> Any:
@@ -78,8 +83,12 @@ class DaskBackend:
         self._alone_since: float | None = None  # when the scheduler was first found without a worker
 
     def submit(self, load: Load, request: Request) -> Future[Any]:
-        function, *arguments = load.remotely
-        task = self._client.submit(function, *arguments, request, **self._options)
+        _, key, place = load.remotely
+        options = self._options
+        if place.worker is not None:
+            options = {**options, "workers": [place.worker], "allow_other_workers": True}
+        package = () if place.worker is None else (place.future,)
+        task = self._client.submit(load_in_worker, key, place.future.key, request, *package, **options)
         future: Future[Any] = Future()
         future.add_done_callback(lambda done: self._give_up(task) if done.cancelled() else None)
         self._client.loop.add_callback(self._gather, task, future)
@@ -174,27 +183,89 @@ class DaskBackend:
 
 
 class _Scattered:
-    """A package in the memory of the cluster's workers."""
+    """A package in the memory of the cluster's workers, for as long as this refers to Dask's future of it."""
 
     def __init__(self, backend: DaskBackend, package: Package) -> None:
         self.key = package.key
-        self.place = backend.scatter(package)
+        self.place: _Task | None = _Task(backend.scatter(package))
         self._backend = backend
         self._package = package
         self._lock = threading.Lock()
 
-    def renewed(self) -> None:
+    def renewed(self, worker: str | None) -> _Task | None:
         with self._lock:
-            if self.place.status != "finished":
+            if self.place is not None and self.place.future.status != "finished":
                 if not self._package.is_unchanged:
                     raise WorkerCrashed(
                         "Dask has lost the dataset's source with its workers, and the arrays in it have been changed "
                         "since, so that what was read of it in this epoch cannot be read again"
                     )
-                self.place = self._backend.scatter(self._package, again=True)
+                self.place = _Task(self._backend.scatter(self._package, again=True))
+            return self.place and self.place._replace(worker=worker)
 
     def close(self) -> None:
         self.place = None  # Dask lets go of what no future stands for
+
+
+class _Task(NamedTuple):
+    """What a task is made with: Dask's future of the package, and the worker, if any, that gets it with the task."""
+
+    future: Any
+    worker: str | None = None
+
+
+def load_in_worker(key: Key, name: str, request: Request, package: Package | None = None) -> Any:
+    """Loads a batch in a worker of Dask's.
+
+    Args:
+        key: whose loader.
+        name: Dask's key of the package.
+        request: which batch.
+        package: None: the worker has it, or says that it has not.
+    """
+    from distributed import get_worker
+
+    reply = remote.load(key, InWorker(name, package), request)
+    return remote.Missing(get_worker().address) if isinstance(reply, remote.Missing) else reply
+
+
+@dataclasses.dataclass(frozen=True)
+class InWorker:
+    """Place of a package that came to a worker with the task, or that Dask may have put there."""
+
+    name: str
+    package: Package | None = dataclasses.field(repr=False)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the scheduler has not let go of it, as it does when the dataset is closed or its client gone."""
+        return self.name in _held
+
+    def open(self) -> Package | None:
+        """The package, if it is here."""
+        from distributed import get_worker
+
+        worker = get_worker()
+        package = self.package or cast("Package | None", worker.data.get(self.name))
+        if package is not None and self.name not in _held:
+            _held.add(self.name)
+            worker.loop.add_callback(_watch, worker, self.name)
+        return package
+
+
+_held: set[str] = set()  # the packages that loaders of this process were made of, as long as the scheduler has them
+
+
+async def _watch(worker: Any, name: str) -> None:
+    """Runs in a worker's event loop: lets go of what was made of a package when the scheduler has let go of that."""
+    try:
+        while (await worker.scheduler.who_has(keys=[name]))[name]:
+            await asyncio.sleep(_WATCH_S)
+    except OSError:  # the scheduler is gone, and the worker soon will be
+        pass
+    finally:
+        _held.discard(name)
+        remote.drop_closed()
 
 
 def _timeout_s() -> float:

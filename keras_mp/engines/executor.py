@@ -81,7 +81,7 @@ class ExecutorEngine(FuturesEngine):
                 return _unpacked(reply)
             if isinstance(reply, Failed):
                 raise error_of(reply)
-            job = self._again(handle)
+            job = self._again(handle, reply.worker)
         raise WorkerCrashed(
             f"{job.name} was given to {self._backend.name} {_MAX_ATTEMPTS} times, and each time its worker, or what "
             "the worker loads with, was lost"
@@ -129,13 +129,13 @@ class ExecutorEngine(FuturesEngine):
         self._futures[job] = future
         future.add_done_callback(lambda done: self._end(job, done))
 
-    def _again(self, handle: Job) -> Job:
-        """A new job for what was not loaded."""
+    def _again(self, handle: Job, worker: str | None) -> Job:
+        """A new job for what `worker` could not load, or what was lost."""
         job = Job(handle.request)
         self._jobs.add(job)
         self.check_open()
         try:
-            load = handle.load.renewed()
+            load = handle.load.renewed(worker)
         except Exception as error:
             self._fail(job, error)
         else:

@@ -65,12 +65,6 @@ class Package:
         """The same, whatever the user does to the arrays from now on."""
         return dataclasses.replace(self, buffers=[buffer.copy() for buffer in self.buffers])
 
-    is_held = True
-
-    def open(self) -> Package:
-        """Itself."""
-        return self
-
     def unpack(self) -> Loader:
         """The loader; its arrays stand on the buffers."""
         loader: Loader = pickle.loads(self.body, buffers=self.buffers)
@@ -78,7 +72,7 @@ class Package:
 
 
 class Place(Protocol):
-    """Where a package lies; travels with every task. A package that a cluster's node keeps is its own place there."""
+    """Where a package lies; travels with every task."""
 
     @property
     def is_held(self) -> bool:

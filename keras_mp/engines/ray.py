@@ -146,7 +146,7 @@ class _Put:
         self.key = package.key
         self.place: Any = InStore(ray.put(package))
 
-    def renewed(self) -> None:
+    def renewed(self, worker: str | None) -> None:
         pass  # Ray keeps it, or makes the task fail
 
     def close(self) -> None:

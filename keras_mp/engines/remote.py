@@ -9,13 +9,12 @@ from __future__ import annotations
 import os
 import pickle
 import threading
-import weakref
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from keras_mp.engines.isolation import ThreadIsolation, ThreadLoader
-from keras_mp.engines.package import Bytes, Key, Package, Place
+from keras_mp.engines.package import Bytes, Key, Place
 from keras_mp.engines.processes import shared_pool
 from keras_mp.errors import KerasMPError, SampleFailure, WorkerCrashed
 from keras_mp.loading.base import Loaded, Loader
@@ -31,7 +30,12 @@ _MAX_LOADERS = 8
 
 
 class Missing(NamedTuple):
-    """The answer of a worker that has no loader for the request, and cannot get at the package."""
+    """The answer of a worker that has no loader for the request, and cannot get at the package.
+
+    `worker` is where it is to be sent, if the engine sends to workers.
+    """
+
+    worker: str | None = None
 
 
 class Batch(NamedTuple):
@@ -66,7 +70,7 @@ class _Kept:
     ours beside this process (P2). Whatever does not, and that is most, is loaded here.
     """
 
-    def __init__(self, loader: Loader, place: Place | weakref.ref[Package]) -> None:
+    def __init__(self, loader: Loader, place: Place) -> None:
         self._loader = loader
         self._place = place
         self._isolation = ThreadIsolation()
@@ -76,8 +80,7 @@ class _Kept:
 
     @property
     def is_held(self) -> bool:
-        place = self._place() if isinstance(self._place, weakref.ref) else self._place
-        return place is not None and place.is_held
+        return self._place.is_held
 
     def load(self, request: Request) -> Loaded:
         if threading.current_thread() is threading.main_thread():
@@ -145,9 +148,7 @@ def _kept(key: Key, place: Place) -> _Kept | None:
             package = place.open()
             if package is None:
                 return None
-            # A package that a cluster keeps here for its owner goes when the dataset is closed, and the loader with it.
-            held = weakref.ref(package, lambda _: _loaders.pop(key, None)) if package is place else place
-            kept = _Kept(package.unpack(), held)
+            kept = _Kept(package.unpack(), place)
             for other in [other for other in _loaders if other[0] == key[0] and other[1] < key[1] - 1]:
                 _loaders.pop(other, None)  # what is in flight is of this state of the loader, or the one before
             while len(_loaders) >= _MAX_LOADERS:

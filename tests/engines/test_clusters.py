@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import functools
 import itertools
+import os
 import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ from tests.transforms import (
     Marked,
     fail_on_seven,
     process_facts,
+    slow_where,
 )
 
 pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("clusters"), pytest.mark.timeout(240)]
@@ -197,7 +199,13 @@ def _tasks_known_to(dask_scheduler: Any) -> int:
 def test_what_nobody_has_begun_is_dropped_with_the_loop(name: str, pools: Callable[[str], Any], tmp_path: Path) -> None:
     folder, gate, pool = tmp_path / "begun", tmp_path / "gate", pools(name)
     folder.mkdir()
-    with keras_mp.PoolDataset(range(40), Marked(folder, gate), batch_size=1, pool=pool, max_queue_size=20) as dataset:
+    if name == "dask":
+        pool.wait_for_workers(2, timeout=60)  # one may have been killed just now
+    with (
+        contextlib.ExitStack() as opened,
+        keras_mp.PoolDataset(range(40), Marked(folder, gate), batch_size=1, pool=pool, max_queue_size=20) as dataset,
+    ):
+        opened.callback(gate.touch)  # whatever happens: the workers are those of other tests too
         batches = dataset.stream()
         assert next(batches)[0].tolist() == [0]
         assert eventually(lambda: _begun(folder) >= 3, 60)
@@ -226,6 +234,29 @@ def test_workers_that_come_after_all_have_gone_get_the_source_anew(pools: Callab
         _scale(client, 0)
         _scale(client, 2)
         assert np.concatenate([*taken, *batches]).tolist() == source.tolist()
+
+
+def _copies(dask_scheduler: Any) -> int:
+    return sum(len(task.who_has) for key, task in dask_scheduler.tasks.items() if str(key).startswith("Package-"))
+
+
+def test_all_workers_load_after_a_pause_and_those_that_came_later(pools: Callable[[str], Any]) -> None:
+    client = pools("dask")
+    client.wait_for_workers(2, timeout=60)
+    with keras_mp.PoolDataset(range(40), slow_where, batch_size=2, pool=client, max_queue_size=8) as dataset:
+
+        def all_load() -> bool:
+            processes = set(np.unique(list(dataset)))  # of workers, or of those that they start beside themselves
+            return all(pid in processes for pid in client.run(os.getpid).values())
+
+        list(dataset)
+        assert eventually(lambda: client.run_on_scheduler(_copies) == 1, 60)  # Dask drops what no task waits for
+        assert all_load()
+        _scale(client, 1)
+        list(dataset)
+        _scale(client, 2)
+        list(dataset)  # in which the new worker is found not to have the source
+        assert all_load()
 
 
 def test_a_source_that_is_lost_and_was_changed_meanwhile_is_not_read_again(pools: Callable[[str], Any]) -> None:
