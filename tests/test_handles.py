@@ -165,7 +165,8 @@ def test_what_was_loaded_ahead_of_a_pass_is_used_unless_something_has_changed(ch
         assert served == [[[sample * transform.factor] for sample in range(_SAMPLES)]]
     loaded = [int(sample) for sample in (tmp_path / "loaded").read_text().split()]
     again = len(loaded) - _SAMPLES - 2  # besides those looked at
-    assert again <= (2 * 4 if changed else 1), loaded
+    # Ahead of the second look four were, 2 to 5; the pass wants 0 to 3 first, and gives up what it has no room for.
+    assert again <= (2 * 4 if changed else 2), loaded
 
 
 @pytest.mark.parametrize("way", [_in_order, lambda count, epoch: [*range(count)][::-1]])
