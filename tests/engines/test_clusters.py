@@ -20,6 +20,7 @@ import keras_mp
 from tests import clusters
 from tests.census import eventually
 from tests.consumers import exported, fitted, iterated, seeded
+from tests.shards import TOTAL, Numbers, assert_equal, stream
 from tests.transforms import (
     Augmented,
     Counted,
@@ -84,6 +85,28 @@ def test_a_killed_worker_changes_nothing(
     found = digests(pool=pools(name))
     assert flag.exists()
     assert found == digests(workers=0)
+
+
+@pytest.mark.parametrize("name", ["loky", "dask", "dask in this process", "ray"])
+def test_a_stream_is_the_same_everywhere(name: str, pools: Callable[[str], Any]) -> None:  # P1, P2
+    with stream() as data:
+        expected = [batch for _ in range(2) for batch in data]
+    for options in ({}, {"length": TOTAL}):
+        with stream(pool=pools(name), **options) as data:
+            assert_equal([batch for _ in range(2) for batch in data], expected)
+            assert data.count() == TOTAL
+
+
+@pytest.mark.parametrize("name", _REPLACING)
+def test_a_worker_that_is_killed_while_it_reads_changes_nothing(
+    name: str, pools: Callable[[str], Any], tmp_path: Path
+) -> None:  # P1, P2
+    with stream() as data:
+        expected = list(data)
+    flag = tmp_path / "killed"
+    with stream(Numbers(accident=(7, 17, "kill"), flag=flag), pool=pools(name)) as data:
+        assert_equal(list(data), expected)
+    assert flag.exists()
 
 
 @pytest.mark.parametrize("name", ["processes", "loky", "dask", "ray"])
