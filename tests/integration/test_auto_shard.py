@@ -62,6 +62,14 @@ def test_each_sample_is_trained_on_once_an_epoch(how: str) -> None:  # P1
             assert process["trained"] == process["plain"]
 
 
+@pytest.mark.parametrize("how", ["stream", "stream-by-hand"])
+def test_a_stream_is_divided_as_by_shard(how: str) -> None:  # P2
+    for process in _train(how):
+        assert process["epoch"] == 3
+        assert process["trained"] == process["plain"]
+        assert all(len(step) == len(set(step)) == 8 for epoch in process["trained"] for step in epoch)
+
+
 def test_dividing_twice_is_refused() -> None:
     for process in _train("twice"):
         assert "auto_shard_dataset=False" in process["refused"]
