@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.folders import photographs
-from benchmarks.work import Array, kept_folder
+from benchmarks.work import Array, Work, kept_folder
 
 BATCH_SIZE = 32
 _PER_TAR = 64  # so that no reader has half a batch at the end of a file
@@ -29,6 +29,13 @@ class Tars:
         """A batch, for a look at its shapes."""
         rows = [decode(sample) for _, sample in zip(range(BATCH_SIZE), read(self.paths[0]), strict=False)]
         return tuple(np.stack(column) for column in zip(*rows, strict=True))
+
+
+def tars_of(work: Work) -> Tars:
+    """The work, which must be of tar files."""
+    if not isinstance(work, Tars):
+        raise TypeError(f"this loader reads tar files, not {type(work).__name__}")
+    return work
 
 
 def read(path: str) -> Iterator[tuple[bytes, int]]:

@@ -29,7 +29,7 @@ _POOLS = ("keras-pool", "torch", "spdl", "grain", "hf", "ours-fit", "ours-export
 _IN_SLOT = ("ours-fit-empty", "ours-export-empty")
 _POOLS_AND_LIMIT = ("limit", *_POOLS)
 _FOLDER = ("limit", "keras-dir", "torch", "torch-batch", "ours-fit", "ours-export")
-_STREAMS = ("tf-interleave", "torch-iterable", "webdataset", "ours-fit", "ours-export")
+_STREAMS = ("tf-interleave", "torch-iterable", "webdataset", "grain-interleave", "ours-fit", "ours-export")
 _TRAINING = ("limit", "in-process", "keras-pool", "tf-map", "recipe", "torch", "ours-fit", "ours-export")
 
 
@@ -138,7 +138,7 @@ _ALL = (
     Workload("satellite", "Sentinel-2 tiles, real files", _satellite, (64, 8), (1, 1), (*_TRAINING, "torch-batch")),
     Workload("folder", "JPEGs of 500x375 to 256x256", _photographs, (24, 8), (2, 1), _FOLDER),
     Workload("folder-python", "the same, 5 ms of Python an image", _augmented_photographs, (12, 6), (2, 1), _FOLDER),
-    Workload("tars", "the same JPEGs in tar files", _tars, (24, 8), (2, 1), _STREAMS),
+    Workload("tars", "the same JPEGs in tar files", _tars, (64, 16), (1, 1), _STREAMS),
     Workload("python", "about 45 ms of pure Python a batch", lambda n: Spin(n, _SPIN_45_MS), (240, 24), (1, 2)),
     Workload(
         "big",

@@ -59,6 +59,7 @@ _ALL = (
     Loader("hf", "Hugging Face to_tf_dataset", "loop", "hf:to_tf_dataset"),
     Loader("tf-interleave", "tf.data interleave, map(numpy_function)", "loop", "streams:interleave"),
     Loader("torch-iterable", "PyTorch IterableDataset", "loop", "streams:iterable"),
+    Loader("grain-interleave", "Grain InterleaveIterDataset, mp_prefetch", "loop", "grain_loader:interleave"),
     Loader("webdataset", "WebDataset, WebLoader", "loop", "streams:webdataset"),
     Loader("ours-fit", "keras_mp, fit(dataset)", "fit", "ours:dataset"),
     Loader("ours-export", "keras_mp, to_tf_dataset()", "loop", "ours:export"),

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.loaders import Feed
-from benchmarks.tars import BATCH_SIZE, Tars, decode, read
+from benchmarks.tars import BATCH_SIZE, decode, read, tars_of
 from benchmarks.work import Work
 
 
@@ -14,7 +14,7 @@ def interleave(work: Work, workers: int, epochs: int) -> Feed:
     """Files interleaved, images decoded by `map(numpy_function, AUTOTUNE)`."""
     import tensorflow as tf
 
-    paths = _tars(work).paths
+    paths = tars_of(work).paths
     raw = (tf.TensorSpec((), tf.string), tf.TensorSpec((), tf.int64))
 
     def generate(path: bytes) -> Iterator[Any]:
@@ -40,7 +40,7 @@ def iterable(work: Work, workers: int, epochs: int) -> Feed:
     """An `IterableDataset` that divides the files among the loader's workers, as its documentation shows."""
     from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-    paths = _tars(work).paths
+    paths = tars_of(work).paths
 
     class Read(IterableDataset[Any]):
         def __iter__(self) -> Iterator[Any]:
@@ -58,7 +58,7 @@ def webdataset(work: Work, workers: int, epochs: int) -> Feed:
     """WebDataset's own reader, and its loader."""
     import webdataset
 
-    data = webdataset.WebDataset(_tars(work).paths, shardshuffle=False)
+    data = webdataset.WebDataset(tars_of(work).paths, shardshuffle=False)
     data = data.to_tuple("jpg", "cls").map(_decoded).batched(BATCH_SIZE, collation_fn=_stacked)
     return Feed(webdataset.WebLoader(data, batch_size=None, num_workers=workers, persistent_workers=True))
 
@@ -71,9 +71,3 @@ def _stacked(samples: Any) -> Any:
     import torch
 
     return tuple(torch.from_numpy(np.stack(column)) for column in zip(*samples, strict=True))
-
-
-def _tars(work: Work) -> Tars:
-    if not isinstance(work, Tars):
-        raise TypeError(f"this loader reads tar files, not {type(work).__name__}")
-    return work
