@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import logging
 import os
 import pty
@@ -28,29 +29,25 @@ def _stands_at_five(value: float) -> float:
 
 
 def test_a_sample_that_takes_a_minute_is_named_once_with_the_line_it_stands_at() -> None:
-    with keras_mp.PoolDataset(np.arange(16.0), _stands_at_five, batch_size=8, workers=1) as dataset:
-        with pytest.warns(RuntimeWarning, match="batch 0 of epoch 0 has been at sample 5 for 6[0-9] s") as told:
-            assert len(list(dataset)) == 2
-        (warning,) = [each for each in told if "has been at sample" in str(each.message)]
-        text = str(warning.message)
-        assert f"in worker process {dataset.stats().pids[0]}" in text and "timeout=seconds" in text
-        assert f'test_waiting.py", line {_stands_at_five.__code__.co_firstlineno + 2} in _stands_at_five' in text
-        assert warning.filename == __file__
-        assert dataset.stats().restarts == 0
-
-
-def test_a_thread_at_a_sample_for_a_minute_is_told_of_too() -> None:
-    with keras_mp.PoolDataset(
-        np.arange(16.0), _stands_at_five, batch_size=8, workers=2, use_multiprocessing=False
-    ) as dataset:
-        with pytest.warns(
-            RuntimeWarning, match="batch 0 of epoch 0 has been at sample 5 for 6. s, in a thread"
-        ) as told:
-            assert len(list(dataset)) == 2
-    (warning,) = [each for each in told if "has been at sample" in str(each.message)]
-    stack = str(warning.message).partition("innermost call first:\n")[2].splitlines()
-    assert stack == [f'File "{__file__}", line {_stands_at_five.__code__.co_firstlineno + 2} in _stands_at_five']
-    assert warning.filename == __file__
+    """In a worker process and, meanwhile, in a thread."""
+    line = f'File "{__file__}", line {_stands_at_five.__code__.co_firstlineno + 2} in _stands_at_five'
+    with (
+        keras_mp.PoolDataset(np.arange(16.0), _stands_at_five, batch_size=8, workers=1) as in_process,
+        keras_mp.PoolDataset(
+            np.arange(16.0), _stands_at_five, batch_size=8, workers=2, use_multiprocessing=False
+        ) as in_thread,
+        concurrent.futures.ThreadPoolExecutor(2) as consumers,
+        pytest.warns(RuntimeWarning, match="batch 0 of epoch 0 has been at sample 5 for 6[0-9] s") as told,
+    ):
+        assert list(consumers.map(lambda dataset: len(list(dataset)), (in_process, in_thread))) == [2, 2]
+        assert in_process.stats().restarts == 0
+        (pid,) = in_process.stats().pids
+    warnings = [each for each in told if "has been at sample" in str(each.message)]
+    assert [each.filename for each in warnings] == [__file__] * 2
+    of_process, of_thread = sorted((str(each.message) for each in warnings), key=lambda text: ", in a thread" in text)
+    assert f"in worker process {pid}" in of_process and "timeout=seconds" in of_process and line in of_process
+    assert ", in a thread" in of_thread
+    assert of_thread.partition("innermost call first:\n")[2].splitlines() == [line]
 
 
 _SLOW_START = """
