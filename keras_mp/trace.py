@@ -183,7 +183,7 @@ def _chrome_events(
 
 
 def _microseconds(seconds: float) -> int:
-    return max(0, int(seconds * 1e6))
+    return max(0, int(round(seconds * 1e6, 3)))  # clocks count nanoseconds; what is beyond is of the sums
 
 
 def _arguments(event: Event) -> dict[str, Any]:

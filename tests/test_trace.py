@@ -14,7 +14,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import keras_mp
@@ -372,6 +372,15 @@ def _blocks(draw: st.DrawFn) -> list[list[Event]]:
 
 
 @given(blocks=_blocks(), max_events=st.integers(1, 40))
+@example(  # 976 + 1224 and 1950 + 250 are the same, but not as sums of floats
+    blocks=[
+        [
+            Event((1, 0), "batch", "batch 0", 976 / 1e7, 1224 / 1e7, 0, 0, 4),
+            Event((1, 0), "stage", "transform", 1950 / 1e7, 250 / 1e7, 0, 0, 1),
+        ]
+    ],
+    max_events=7,
+)
 def test_any_recording_is_nested_and_bounded(
     blocks: list[list[Event]], max_events: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
