@@ -23,6 +23,7 @@ import keras
 import numpy as np
 
 from keras_mp import checks
+from keras_mp.errors import warn_user
 from keras_mp.loaded import LoadedDataset
 
 _DATA_FILE = "data.json"
@@ -38,7 +39,8 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
     states of the model's seed generators (dropout), which Keras's callback leaves out, are restored too.
 
     With `steps_per_epoch`, the interrupted epoch of Keras has the steps that it had left. Of a stream without `length`
-    it has all its steps again, on the data that follow.
+    it has all its steps again, on the data that follow. Where what is left of the data ends together with an epoch of
+    Keras, Keras looks for more, and has an epoch without steps: a warning says so, and that `epochs=` needs one more.
 
     Args:
         dataset: the dataset that `fit` trains on. Its export cannot be resumed.
@@ -108,10 +110,24 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
             wanted = self.params.get("steps")
             if self._dataset.batches_per_epoch is None:
                 steps = 0  # Keras cannot be made to end an epoch early whose data, as far as it knows, never end
-            if steps and wanted is not None and wanted - steps < len(self._dataset.position):
-                # Keras ends this epoch when its data ends; the next one has a pass of its own over the rest.
-                self._dataset.position.limit = wanted - steps
+            elif wanted is not None:
+                self._divide(wanted, steps)
         self._begin(epoch, steps)
+
+    def _divide(self, wanted: int, steps: int) -> None:
+        """Keras takes `wanted` batches an epoch, and has taken `steps` of the one that goes on."""
+        position = self._dataset.position
+        left = len(position)
+        if steps and wanted - steps < left:
+            # Keras ends this epoch when its data ends; the next one has a pass of its own over the rest.
+            position.limit = wanted - steps
+            left -= wanted - steps
+        if left < position.count and left % wanted == 0 and steps + left != wanted:
+            warn_user(
+                f"an epoch of this fit() will have no step: Keras takes {wanted} batches an epoch (steps_per_epoch), "
+                f"expects a whole pass of the data, of which {left} are left, so that it finds the end only when it "
+                "begins another epoch. No batch is lost; pass one more in epochs="
+            )
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         if epoch != self._epoch:
@@ -127,12 +143,12 @@ class BackupAndRestore(keras.callbacks.BackupAndRestore):
         self._steps = batch + 1
         self._unsaved += steps
         self._done += steps
-        if self._done >= self._length and self._resumed:
+        while self._done > self._length:
+            self._begin_next_pass()
+        if self._done == self._length and self._resumed:
             self._remember_counters()
             self._quiet.enter_context(warnings.catch_warnings())  # no earlier, as `fit` may raise
             warnings.filterwarnings("ignore", message="Your input ran out of data")  # as it should: it is resumed
-        while self._done > self._length:
-            self._begin_next_pass()
         if self.save_freq != "epoch" and self._unsaved >= self.save_freq:
             self._save()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pathlib
 import signal
@@ -67,6 +68,16 @@ class NumbersFrom(Numbers):
                 file.write(f"{shard} {start}\n")
         for offset in range(start, self.lengths[shard]):
             yield np.array([shard, offset])
+
+
+def endless(shard: int) -> Iterator[Any]:
+    """The same pairs, without end."""
+    return (np.array([shard, offset]) for offset in itertools.count())
+
+
+def with_label(pair: Any) -> Any:
+    """A sample for training: the pair, scaled, and the shard."""
+    return pair.astype("float32") / 30, pair[:1].astype("float32")
 
 
 def with_noise(pair: Any, rng: np.random.Generator) -> Any:

@@ -16,37 +16,14 @@ import numpy as np
 import pytest
 
 import keras_mp
+from tests.bucketed import BOUNDARIES, LENGTHS, fails_on_17, pad_to_boundary, padded, rows
 from tests.support import run_script
-
-_BOUNDARIES = [4, 8, 16]
-_LENGTHS = np.random.default_rng(0).integers(0, 25, 90)
-
-
-def pad_to_boundary(samples: list[Any]) -> Any:
-    """Rows of the samples' numbers, filled up with -1 to the boundary of the batch's bucket."""
-    longest = max(len(sample) for sample in samples)
-    width = [*_BOUNDARIES, 25][int(np.searchsorted(_BOUNDARIES, longest, side="right"))]
-    batch = keras_mp.empty((len(samples), width), np.int64)
-    batch[...] = -1
-    for row, sample in zip(batch, samples, strict=True):
-        row[: len(sample)] = sample
-    return batch
-
-
-def rows(index: Any) -> Any:
-    """As many numbers as the sample is long, all of them its index."""
-    return np.full(_LENGTHS[index], index)
-
-
-def index_of_each(samples: list[Any]) -> Any:
-    """Their indices, where the samples are (index, row)."""
-    return np.array([index for index, _ in samples])
 
 
 def dataset(**options: Any) -> keras_mp.PoolDataset:
-    buckets = keras_mp.Buckets(_LENGTHS, _BOUNDARIES, [8, 6, 4, 2])
+    buckets = keras_mp.Buckets(LENGTHS, BOUNDARIES, [8, 6, 4, 2])
     return keras_mp.PoolDataset(
-        range(len(_LENGTHS)), **{"buckets": buckets, "shuffle": True, "seed": 3, "workers": 0, **options}
+        range(len(LENGTHS)), **{"buckets": buckets, "shuffle": True, "seed": 3, "workers": 0, **options}
     )
 
 
@@ -64,7 +41,7 @@ def test_an_epoch_has_each_sample_once_in_batches_of_like_length() -> None:
         assert sorted(index for batch in epoch for index in batch) == list(range(90))
         assert len(epoch) == len(data) == data.num_batches
         for batch in epoch:
-            (bucket,) = set(np.searchsorted(_BOUNDARIES, _LENGTHS[batch], side="right").tolist())
+            (bucket,) = set(np.searchsorted(BOUNDARIES, LENGTHS[batch], side="right").tolist())
             assert len(batch) <= sizes[bucket]
     assert _EPOCHS[0] != _EPOCHS[1]
 
@@ -110,17 +87,13 @@ def test_fit_gets_the_batches_of_a_plain_loop(workers: int, exported: bool) -> N
         assert data.epoch == 3
 
 
-def _padded(samples: list[Any]) -> tuple[Any, Any]:
-    return pad_to_boundary(samples).astype(np.float32)[..., None], np.zeros(len(samples), np.float32)
-
-
 @pytest.mark.parametrize(("seed", "workers"), [(0, 0), (1, 0), (2, 2)])
 @pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")  # as it should: it is resumed
 def test_fit_trains_on_padded_batches_also_in_the_middle_of_an_epoch(seed: int, workers: int) -> None:
     """Keras takes the shapes from the first two batches that it sees, and refuses others later."""
     model = keras.Sequential([keras.layers.GlobalMaxPooling1D(), keras.layers.Dense(1)])
     model.compile("sgd", "mse")
-    options: dict[str, Any] = {"transform": rows, "collate": _padded, "seed": seed, "workers": workers}
+    options: dict[str, Any] = {"transform": rows, "collate": padded, "seed": seed, "workers": workers}
     with dataset(**options) as data:
         count = len(data)
         for position in (0, 1 + seed, count // 2 + seed, count - 1):
@@ -134,7 +107,7 @@ _COMPILATIONS = textwrap.dedent(
     import keras
     import numpy as np
     import keras_mp
-    from tests.test_buckets import pad_to_boundary, rows
+    from tests.bucketed import pad_to_boundary, rows
 
     boundaries = [4, 8, 16]
     lengths = np.random.default_rng(1).integers(0, 25, 400)
@@ -204,7 +177,7 @@ def test_a_function_tells_each_length_once_in_the_workers(workers: int, count: i
         return int(lengths[index])
 
     def epochs(told: Any) -> list[list[list[int]]]:
-        buckets = keras_mp.Buckets(told, _BOUNDARIES, max_tokens=64)
+        buckets = keras_mp.Buckets(told, BOUNDARIES, max_tokens=64)
         with keras_mp.PoolDataset(range(count), buckets=buckets, shuffle=True, seed=1, workers=workers) as data:
             return [plain(data) for _ in range(2)]
 
@@ -218,35 +191,29 @@ def test_a_function_tells_each_length_once_in_the_workers(workers: int, count: i
 def test_a_function_tells_lengths_on_other_pools(pool: str) -> None:
     with concurrent.futures.ThreadPoolExecutor(2) as executor:
         given: Any = executor if pool == "threads" else pool
-        buckets = keras_mp.Buckets(lambda index: _LENGTHS[index], _BOUNDARIES, [8, 6, 4, 2])
+        buckets = keras_mp.Buckets(lambda index: LENGTHS[index], BOUNDARIES, [8, 6, 4, 2])
         with dataset(buckets=buckets, pool=given, workers=None) as data:
             assert plain(data[index] for index in range(len(data))) == _EPOCHS[0]
-
-
-def _fails(index: int) -> int:
-    if index == 17:
-        raise OSError("no such tile")
-    return 3
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
     ("lengths", "kind", "texts"),
     [
-        (_fails, OSError, ["lengths failed on sample 17 (lengths(17)), batch 0", "OSError: no such tile"]),
+        (fails_on_17, OSError, ["lengths failed on sample 17 (lengths(17)), batch 0", "OSError: no such tile"]),
         (lambda index: 2.5, TypeError, ["lengths(0)", "a length must be a whole number, got 2.5"]),
         (lambda index: None, TypeError, ["lengths(0)", "a length must be a whole number, got None"]),
         (lambda index: 30 - index, ValueError, ["lengths(31)", "a length must be at least 0, got -1"]),
         (lambda index: os._exit(3) if index == 5 else 1, keras_mp.WorkerCrashed, ["exit code 3", "sample 5"]),
     ],
 )
-def test_a_function_that_fails(
+def test_a_function_thatfails_on_17(
     lengths: Callable[[int], int], kind: type[Exception], texts: list[str], workers: int
 ) -> None:
     if kind is keras_mp.WorkerCrashed and not workers:
         return
     with pytest.raises(kind) as caught:
-        dataset(buckets=keras_mp.Buckets(lengths, _BOUNDARIES), workers=workers)
+        dataset(buckets=keras_mp.Buckets(lengths, BOUNDARIES), workers=workers)
     for text in texts:
         assert text in str(caught.value)
 
@@ -256,7 +223,7 @@ def test_a_function_that_cannot_travel() -> None:
         socket.socket() as connection,
         pytest.raises(keras_mp.KerasMPError, match="cannot be sent to worker processes"),
     ):
-        dataset(buckets=keras_mp.Buckets(lambda index: connection.fileno(), _BOUNDARIES), workers=2)
+        dataset(buckets=keras_mp.Buckets(lambda index: connection.fileno(), BOUNDARIES), workers=2)
 
 
 # -- shards, states, failures ----------------------------------------------------------------------------------------
@@ -274,7 +241,7 @@ def test_shards(parts: int, drop: bool) -> None:
         assert len(set(taken)) == len(taken)
         assert drop or len(taken) == 90
         for step in zip(*shards, strict=True):  # the devices wait for each other: let them have batches of one length
-            buckets = {int(bucket) for part in step for bucket in np.searchsorted(_BOUNDARIES, _LENGTHS[part], "right")}
+            buckets = {int(bucket) for part in step for bucket in np.searchsorted(BOUNDARIES, LENGTHS[part], "right")}
             assert len(buckets) == 1
         whole.set_epoch(whole.epoch + 1)
 
@@ -299,9 +266,9 @@ def test_the_rest_of_an_epoch_is_the_same(taken: int, workers: int) -> None:
     "options",
     [
         {"buckets": None},
-        {"buckets": keras_mp.Buckets(_LENGTHS, [4, 8, 17], [8, 6, 4, 2])},
-        {"buckets": keras_mp.Buckets(_LENGTHS[::-1], _BOUNDARIES, [8, 6, 4, 2])},
-        {"buckets": keras_mp.Buckets(_LENGTHS, _BOUNDARIES, [8, 6, 4, 3])},
+        {"buckets": keras_mp.Buckets(LENGTHS, [4, 8, 17], [8, 6, 4, 2])},
+        {"buckets": keras_mp.Buckets(LENGTHS[::-1], BOUNDARIES, [8, 6, 4, 2])},
+        {"buckets": keras_mp.Buckets(LENGTHS, BOUNDARIES, [8, 6, 4, 3])},
     ],
     ids=str,
 )
@@ -315,7 +282,7 @@ def test_a_state_of_other_buckets_is_refused(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_batch_that_fails_is_replaced_by_samples_of_its_bucket(workers: int) -> None:
+def test_a_batch_thatfails_on_17_is_replaced_by_samples_of_its_bucket(workers: int) -> None:
     lost = set(_EPOCHS[0][3])
 
     def read(index: int) -> Any:
@@ -330,18 +297,18 @@ def test_a_batch_that_fails_is_replaced_by_samples_of_its_bucket(workers: int) -
             batches = list(data)
         served = {failure.replaced_by for failure in data.failures}
     assert [batch.shape for batch in batches] == [pad_to_boundary([rows(i) for i in b]).shape for b in _EPOCHS[0]]
-    buckets = np.searchsorted(_BOUNDARIES, _LENGTHS, side="right")
+    buckets = np.searchsorted(BOUNDARIES, LENGTHS, side="right")
     assert {buckets[index] for index in served} == {buckets[index] for index in lost}
 
 
 def dataset_buckets() -> keras_mp.Buckets:
     """Those of `dataset`."""
-    return keras_mp.Buckets(_LENGTHS, _BOUNDARIES, [8, 6, 4, 2])
+    return keras_mp.Buckets(LENGTHS, BOUNDARIES, [8, 6, 4, 2])
 
 
 def test_an_export_knows_a_batch_size_that_all_buckets_have() -> None:
     def first_axis(sizes: list[int], drop: bool) -> Any:
-        data = dataset(buckets=keras_mp.Buckets(_LENGTHS, _BOUNDARIES, sizes), drop_remainder=drop)
+        data = dataset(buckets=keras_mp.Buckets(LENGTHS, BOUNDARIES, sizes), drop_remainder=drop)
         return data.to_tf_dataset().element_spec.shape[0]
 
     assert first_axis([4] * 4, True) == 4
@@ -350,7 +317,7 @@ def test_an_export_knows_a_batch_size_that_all_buckets_have() -> None:
 
 
 def test_a_batch_size_is_that_of_buckets_which_say_none() -> None:
-    data = dataset(buckets=keras_mp.Buckets(_LENGTHS, _BOUNDARIES), batch_size=5)
+    data = dataset(buckets=keras_mp.Buckets(LENGTHS, BOUNDARIES), batch_size=5)
     assert max(map(len, plain(data))) == 5
     assert "batches of 5 from 4 buckets" in repr(data)
     assert "batches of 2 to 8 from 4 buckets" in repr(dataset())
@@ -371,12 +338,12 @@ def test_a_batch_size_is_that_of_buckets_which_say_none() -> None:
             ["order=", "buckets=", "leave one of them out"],
         ),
         (
-            {"buckets": keras_mp.Buckets(_LENGTHS, _BOUNDARIES, max_tokens=12)},
+            {"buckets": keras_mp.Buckets(LENGTHS, BOUNDARIES, max_tokens=12)},
             ValueError,
             ["max_tokens=12 is fewer than the boundary 16 of bucket 2"],
         ),
         (
-            {"buckets": keras_mp.Buckets(_LENGTHS, _BOUNDARIES, [99] * 4), "drop_remainder": True},
+            {"buckets": keras_mp.Buckets(LENGTHS, BOUNDARIES, [99] * 4), "drop_remainder": True},
             ValueError,
             ["drop_remainder=True leaves no batch: the buckets have ["],
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import signal
@@ -15,12 +16,9 @@ import pytest
 
 import keras_mp
 from tests.support import run
+from tests.transforms import noisy
 
 _SCRIPT = Path(__file__).parent / "scripts" / "resumable.py"
-
-
-def noisy(sample: int, rng: np.random.Generator) -> tuple[int, float]:
-    return sample, float(rng.random())
 
 
 def dataset(**options: Any) -> keras_mp.PoolDataset:
@@ -104,24 +102,24 @@ def train(*runs: str, backend: str, killed: bool = False) -> list[list[str]]:
     return [line.split() for line in done.stdout.splitlines()]
 
 
-# By backend: options of a run, and its steps, uninterrupted and after two interruptions.
+# By backend: options of a run, its steps, those left after the kills, and at which step of each process these are.
 _PLAIN = "--plain --seed 7 --shuffle --save-freq 4"
 _RUNS = {
     "tensorflow": [
-        ("--seed 7 --shuffle --save-freq 4", 39, 19),
-        ("--seed 7 --save-freq epoch", 39, 26),
+        ("--seed 7 --shuffle --save-freq 4", 39, 19, (18, 5)),
+        ("--seed 7 --save-freq epoch", 39, 26, (18,)),
         # 13 batches: passes of 5 + 5 + 3 steps, and of 13 where more are wanted.
-        (f"{_PLAIN} --steps-per-epoch 5 --epochs 7", 31, 11),
-        (f"{_PLAIN} --steps-per-epoch 20", 39, 19),
+        (f"{_PLAIN} --steps-per-epoch 5 --epochs 7", 31, 15, (18,)),
+        (f"{_PLAIN} --steps-per-epoch 20", 39, 23, (18,)),
     ],
     "jax": [
-        ("--seed 7 --shuffle --save-freq 5", 39, 19),
-        (f"{_PLAIN} --steps-per-epoch 5 --epochs 7", 31, 11),
+        ("--seed 7 --shuffle --save-freq 5", 39, 19, (18, 5)),
+        (f"{_PLAIN} --steps-per-epoch 5 --epochs 7", 31, 19, (14,)),
     ],
     "torch": [
-        ("--seed 7 --shuffle --save-freq 5", 39, 19),
-        ("--plain --seed 7 --save-freq 3 --steps-per-epoch 5 --epochs 7", 31, 10),
-        (f"{_PLAIN} --steps-per-epoch 20", 39, 19),
+        ("--seed 7 --shuffle --save-freq 5", 39, 19, (18, 5)),
+        ("--plain --seed 7 --save-freq 3 --steps-per-epoch 5 --epochs 7", 31, 13, (18,)),
+        (f"{_PLAIN} --steps-per-epoch 20", 39, 23, (18,)),
     ],
 }
 
@@ -135,17 +133,52 @@ def test_killed_fits_end_with_the_weights_of_those_that_were_not(
         pytest.skip(f"{backend} is not installed")
     monkeypatch.chdir(tmp_path)
     runs = _RUNS[backend]
-    for number, (options, *_) in enumerate(runs):
-        for kill_at in (18, 5):
+    for number, (options, *_, kills) in enumerate(runs):
+        for kill_at in kills:
             train(f"killed-{number} {options} --kill-at {kill_at}", backend=backend, killed=True)
     whole = train(*(f"whole-{number} {options}" for number, (options, *_) in enumerate(runs)), backend=backend)
     resumed = train(
         *(f"killed-{number} {options} --workers 1" for number, (options, *_) in enumerate(runs)), backend=backend
     )
-    for (options, *steps), (all_steps, *expected), (left, *weights) in zip(runs, whole, resumed, strict=True):
+    for (options, *steps, _), (all_steps, *expected), (left, *weights) in zip(runs, whole, resumed, strict=True):
         assert [int(all_steps), int(left)] == steps, options
         assert weights == expected, options
     assert not list(tmp_path.iterdir())  # no backup is left
+
+
+class _Stops(keras.callbacks.Callback):
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.steps = 0
+        self._after = after
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self.steps += 1
+        if self.steps == self._after:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")  # Keras finds the end too late
+@pytest.mark.parametrize(("kill_at", "more"), [(4, True), (5, True), (9, False), (12, False), (13, True)])
+def test_an_epoch_of_keras_without_steps_is_foretold(kill_at: int, more: bool, tmp_path: Path) -> None:
+    """Of 12 batches Keras takes 4 at a time; where it was interrupted, it looks for the end of the data 4 later."""
+
+    def steps(after: int, epochs: int) -> int:
+        stops = _Stops(after)
+        with keras_mp.PoolDataset(np.ones((24, 3)), lambda row: (row, 1.0), batch_size=2, workers=0) as data:
+            model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+            model.compile("sgd", "mse")
+            backup = keras_mp.BackupAndRestore(data, tmp_path, 1)
+            with contextlib.suppress(KeyboardInterrupt):
+                model.fit(data, epochs=epochs, steps_per_epoch=4, verbose=0, callbacks=[backup, stops])
+        return stops.steps
+
+    assert steps(kill_at, 6) == kill_at
+    if more:
+        with pytest.warns(RuntimeWarning, match="will have no step"):
+            assert steps(0, 7) == 24 - kill_at
+    else:
+        assert steps(0, 6) == 24 - kill_at
 
 
 def test_a_backup_cut_off_half_way_is_no_backup(tmp_path: Path) -> None:

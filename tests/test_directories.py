@@ -15,6 +15,7 @@ from PIL import Image
 
 import keras_mp
 from tests.support import run_script
+from tests.transforms import flipped_or_not
 
 _FUNCTIONS = [
     "image_dataset_from_directory",
@@ -87,19 +88,23 @@ def test_no_image_at_all(tmp_path: Path) -> None:
             list(dataset)
 
 
-def _flip(sample: Any, rng: np.random.Generator) -> Any:
-    image, label = sample
-    return (image[:, ::-1] if rng.random() < 0.5 else image) / 255, label, 2.0
+_FLIPPED: dict[str, Any] = {
+    "image_size": 16,
+    "batch_size": 5,
+    "seed": 7,
+    "transform": flipped_or_not,
+    "on_error": "skip",
+    "verbose": False,
+}
 
 
 def test_the_same_batches_wherever_they_are_loaded(photos: Path, running_pool: keras_mp.WorkerPool) -> None:
     """P2, with random numbers in the transform."""
-    options: dict[str, Any] = {"image_size": 16, "seed": 7, "transform": _flip, "on_error": "skip", "verbose": False}
     epochs = []
     for where in ({"workers": 0}, {"pool": running_pool}, {"workers": 2, "use_multiprocessing": False}):
         with (
             pytest.warns(RuntimeWarning, match="2 of 12"),
-            keras_mp.image_dataset_from_directory(photos, batch_size=5, **options, **where) as dataset,
+            keras_mp.image_dataset_from_directory(photos, **_FLIPPED, **where) as dataset,
         ):
             epochs.append([*dataset, *dataset])
     for epoch in epochs[1:]:
@@ -116,12 +121,11 @@ def test_a_cache_keeps_what_was_decoded_and_changes_nothing(
     photos: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("cache")
-    options: dict[str, Any] = {"image_size": 16, "seed": 7, "transform": _flip, "on_error": "skip", "verbose": False}
     epochs = []
     for cache in (None, "ram", folder, folder):
         with (
             pytest.warns(RuntimeWarning, match="2 of 12"),
-            keras_mp.image_dataset_from_directory(photos, batch_size=5, workers=1, cache=cache, **options) as dataset,
+            keras_mp.image_dataset_from_directory(photos, workers=1, cache=cache, **_FLIPPED) as dataset,
         ):
             epochs.append([*dataset, *dataset])
             hits = dataset.stats().cache_hits

@@ -448,7 +448,7 @@ class Endless(keras.utils.PyDataset):
 
 
 @pytest.mark.timeout(600)  # each worker imports Keras and its backend, as the class of the dataset does
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1])
 def test_a_dataset_that_never_ends(workers: int) -> None:
     with keras_mp.parallelize(Endless(), workers=workers) as dataset:
         assert dataset.num_batches is None

@@ -48,6 +48,22 @@ def process_facts(_: Any) -> dict[str, Any]:
     return {"pid": os.getpid(), "pss_kb": memory, "heavy": " ".join(heavy)}
 
 
+def noisy(sample: int, rng: np.random.Generator) -> tuple[int, float]:
+    """The sample, and a random number."""
+    return sample, float(rng.random())
+
+
+def flipped_or_not(sample: Any, rng: np.random.Generator) -> Any:
+    """The image, one in two mirrored, and its label, with a weight of 2."""
+    image, label = sample
+    return (image[:, ::-1] if rng.random() < 0.5 else image) / 255, label, 2.0
+
+
+def drawn_length(_: Any, rng: np.random.Generator) -> Any:
+    """One to five NaN: their number shows what was drawn."""
+    return np.full(1 + rng.integers(5), np.nan)
+
+
 def fail_on_seven(value: Any) -> Any:
     """Fails on the sample 7."""
     if value == 7:

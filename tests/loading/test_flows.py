@@ -34,7 +34,9 @@ def _levels(batches: Any) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_flow_from_directory_gives_each_image_once_whoever_loads(generator: Any, images: Path, shuffle: bool) -> None:
+def test_flow_from_directory_gives_each_image_once_whoever_loads(
+    generator: Any, images: Path, shuffle: bool, running_pool: keras_mp.WorkerPool
+) -> None:
     def flow() -> Any:
         return generator.flow_from_directory(images, (6, 6), batch_size=4, shuffle=shuffle, seed=3)
 
@@ -42,30 +44,30 @@ def test_flow_from_directory_gives_each_image_once_whoever_loads(generator: Any,
     with keras_mp.parallelize(flow(), workers=0, seed=1) as plain:
         expected = _levels(plain)
     np.random.seed(0)
-    with keras_mp.parallelize(flow(), workers=2, seed=1) as dataset:
+    with keras_mp.parallelize(flow(), pool=running_pool, seed=1) as dataset:
         assert _levels(dataset) == expected
     assert sorted(level for batch in expected for level in batch) == list(range(12))
     assert (expected[0] == [0, 10, 2, 4]) is not shuffle
 
 
-def test_random_flips_depend_on_the_seed_alone(generator: Any) -> None:  # P2
+def test_random_flips_depend_on_the_seed_alone(generator: Any, running_pool: keras_mp.WorkerPool) -> None:  # P2
     x = np.random.default_rng(0).random((24, 4, 4, 3), dtype="float32")
 
-    def batches(workers: int) -> list[Any]:
+    def batches(**where: Any) -> list[Any]:
         flow = generator.flow(x, np.arange(24), batch_size=4, shuffle=False, seed=5)
-        with keras_mp.parallelize(flow, workers=workers, seed=7) as dataset:
+        with keras_mp.parallelize(flow, seed=7, **where) as dataset:
             return [part for batch in dataset for part in batch]
 
-    plain = batches(0)
+    plain = batches(workers=0)
     pairs = list(zip(plain[::2], plain[1::2], strict=True))
-    for workers in (1, 3):
-        for ours, theirs in zip(batches(workers), plain, strict=True):
+    for where in ({"pool": running_pool}, {"workers": 3, "use_multiprocessing": False}):
+        for ours, theirs in zip(batches(**where), plain, strict=True):
             np.testing.assert_array_equal(ours, theirs)
     flipped = [[not np.allclose(row * 255, x[number]) for row, number in zip(*pair, strict=True)] for pair in pairs]
     assert len({tuple(batch) for batch in flipped}) > 1  # each batch has draws of its own
 
 
-def test_unshuffled_batches_are_those_of_the_iterator_itself(images: Path) -> None:
+def test_unshuffled_batches_are_those_of_the_iterator_itself(images: Path, running_pool: keras_mp.WorkerPool) -> None:
     tf = pytest.importorskip("tensorflow")
     rng = np.random.default_rng(0)
     for number in range(5):  # noise, and in the other format
@@ -78,12 +80,12 @@ def test_unshuffled_batches_are_those_of_the_iterator_itself(images: Path) -> No
     theirs = flow()
     expected = [next(theirs) for _ in range(len(theirs))]
     assert [len(labels) for _, labels in expected] == [4, 4, 4, 4, 1]
-    for workers in (0, 2):
-        with keras_mp.parallelize(flow(), workers=workers) as dataset:
+    for where in ({"workers": 0}, {"pool": running_pool}):
+        with keras_mp.parallelize(flow(), **where) as dataset:
             assert_alike([*dataset, *dataset], [*expected, *expected])
 
 
-def test_a_sequence_that_does_not_call_the_constructor_of_its_base_class() -> None:
+def test_a_sequence_that_does_not_call_the_constructor_of_its_base_class(running_pool: keras_mp.WorkerPool) -> None:
     sequence: Any = pytest.importorskip("tensorflow").keras.utils.Sequence
 
     class Squares(sequence):
@@ -102,7 +104,7 @@ def test_a_sequence_that_does_not_call_the_constructor_of_its_base_class() -> No
 
     model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
     model.compile("sgd", "mse")
-    with keras_mp.parallelize(Squares(12), workers=2) as dataset:
+    with keras_mp.parallelize(Squares(12), pool=running_pool) as dataset:
         first, second = list(dataset), list(dataset)
         model.fit(dataset, epochs=1, verbose=0)
     assert np.concatenate([x[:, 0] for x, _ in first]).tolist() == list(range(12))

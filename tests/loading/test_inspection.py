@@ -13,6 +13,7 @@ import pytest
 import keras_mp
 from keras_mp.loaded import LoadedDataset
 from keras_mp.loading.inspection import Inspected, Leaf
+from tests.transforms import drawn_length
 
 
 def _inspect(dataset: LoadedDataset, sample: int | None = None) -> list[Inspected]:
@@ -46,15 +47,11 @@ def _int(path: str) -> Leaf:
     return Leaf(f"sample{path}", (), "int64")
 
 
-def _drawn(sample: Any, rng: np.random.Generator) -> Any:
-    return np.full(1 + rng.integers(5), np.nan)  # the number of NaN shows what was drawn
-
-
 @pytest.mark.parametrize("engine", ["inline", "processes", "threads", "executor"])
 def test_every_engine_finds_the_same_as_training_meets(engine: str, pool: keras_mp.WorkerPool) -> None:
     options: dict[str, Any] = {"shuffle": True, "seed": 3, "batch_size": 4}
     expected: dict[int, int] = {}
-    with keras_mp.PoolDataset(range(10), _drawn, **options, collate=list, workers=0) as trained:
+    with keras_mp.PoolDataset(range(10), drawn_length, **options, collate=list, workers=0) as trained:
         for number in range(len(trained)):
             expected |= zip(trained.samples_of(number), map(len, trained[number]), strict=True)
     with concurrent.futures.ThreadPoolExecutor(2) as executor:
@@ -64,7 +61,7 @@ def test_every_engine_finds_the_same_as_training_meets(engine: str, pool: keras_
             "threads": {"workers": 2, "use_multiprocessing": False},
             "executor": {"pool": executor},
         }
-        found = _inspect(keras_mp.PoolDataset(range(10), _drawn, **options, **where[engine]))
+        found = _inspect(keras_mp.PoolDataset(range(10), drawn_length, **options, **where[engine]))
     assert {each.index: each.leaves[0].nans for each in found} == expected
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -13,7 +12,7 @@ import pytest
 
 import keras_mp
 from tests.consumers import Identity
-from tests.shards import LENGTHS, TOTAL, Numbers, all_pairs, assert_equal, pairs, stream
+from tests.shards import LENGTHS, TOTAL, Numbers, all_pairs, assert_equal, endless, pairs, stream, with_label
 
 _COUNT = -(-TOTAL // 4)
 
@@ -32,10 +31,6 @@ def fitted(data: Any, **options: Any) -> list[Any]:
     return model.seen
 
 
-def endless(shard: int) -> Iterator[Any]:
-    return (np.array([shard, offset]) for offset in itertools.count())
-
-
 # -- declared ------------------------------------------------------------------------------------------------------
 
 
@@ -51,10 +46,7 @@ def test_declared_and_validated(running_pool: keras_mp.WorkerPool) -> None:
     model = keras.Sequential([keras.layers.Dense(1)])
     model.compile("sgd", "mse")
 
-    def sample(pair: Any) -> Any:
-        return pair.astype("float32") / 30, pair[:1].astype("float32")
-
-    options: dict[str, Any] = {"pool": running_pool, "transform": sample, "batch_transform": None}
+    options: dict[str, Any] = {"pool": running_pool, "transform": with_label, "batch_transform": None}
     with stream(length=TOTAL, **options) as train, stream(length=TOTAL, **options) as test:
         history = model.fit(train, epochs=2, validation_data=test, verbose=0)
         assert len(history.history["val_loss"]) == 2
