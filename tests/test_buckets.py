@@ -207,7 +207,7 @@ def test_a_function_tells_lengths_on_other_pools(pool: str) -> None:
         (lambda index: os._exit(3) if index == 5 else 1, keras_mp.WorkerCrashed, ["exit code 3", "sample 5"]),
     ],
 )
-def test_a_function_thatfails_on_17(
+def test_a_function_that_fails(
     lengths: Callable[[int], int], kind: type[Exception], texts: list[str], workers: int
 ) -> None:
     if kind is keras_mp.WorkerCrashed and not workers:
@@ -282,7 +282,7 @@ def test_a_state_of_other_buckets_is_refused(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_batch_thatfails_on_17_is_replaced_by_samples_of_its_bucket(workers: int) -> None:
+def test_a_batch_that_fails_is_replaced_by_samples_of_its_bucket(workers: int) -> None:
     lost = set(_EPOCHS[0][3])
 
     def read(index: int) -> Any:

@@ -108,11 +108,14 @@ def test_satellite_reports_truncated_tiles_and_compares_four_loaders() -> None:
         "keras_mp, fit",
         "keras_mp, tf.data",
     ]
+    if rows[1][1:] == ["-"] * 4:  # that pool forks a process that runs TensorFlow, and may hang; the example goes on
+        del rows[1]
     for _, first, later, speed_up, _ in rows:
         assert float(first) > 0
         assert float(later) > 0
         assert re.fullmatch(r"\d+\.\d\dx", speed_up)
-    assert [row[4] for row in rows] == ["3", "not told", "3", "3"]
+    assert [row[4] for row in rows if row[0] != "Keras's own pool"] == ["3", "3", "3"]
+    assert all(row[4] == "not told" for row in rows if row[0] == "Keras's own pool")
 
     reported = re.search(r"^Left out and reported: (.*)$", output, re.MULTILINE)
     assert reported is not None
