@@ -6,7 +6,7 @@ VENV ?= .venv
 BENCH ?=
 # Held at one version, so that tests and figures of different days are of the same peer.
 TORCH := "torch==2.13.0"
-# More than two cores, as many tests wait.
+# One more than the two cores of a small machine, as many tests wait.
 SIDE_BY_SIDE ?= --numprocesses 3 --dist worksteal
 ON_EACH_BACKEND := tests/integration -m "not any_backend"
 BIN := $(VENV)/bin

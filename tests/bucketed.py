@@ -28,11 +28,6 @@ def rows(index: Any) -> Any:
     return np.full(LENGTHS[index], index)
 
 
-def index_of_each(samples: list[Any]) -> Any:
-    """Their indices, where the samples are (index, row)."""
-    return np.array([index for index, _ in samples])
-
-
 def padded(samples: list[Any]) -> tuple[Any, Any]:
     """The same as one channel of numbers, and labels."""
     return pad_to_boundary(samples).astype(np.float32)[..., None], np.zeros(len(samples), np.float32)

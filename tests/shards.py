@@ -59,6 +59,19 @@ class Numbers:
             time.sleep(600)
 
 
+class Gated(Numbers):
+    """The same, taking its time; shard 0 waits at its fifth sample for the gate, a file."""
+
+    def __init__(self, log: pathlib.Path, gate: pathlib.Path) -> None:
+        super().__init__(log=log)
+        self.gate = gate
+
+    def suffer(self, shard: int, offset: int) -> None:
+        time.sleep(0.002)
+        while (shard, offset) == (0, 4) and not self.gate.exists():
+            time.sleep(0.02)
+
+
 class NumbersFrom(Numbers):
     """The same, from a given offset on."""
 

@@ -146,32 +146,29 @@ def test_killed_fits_end_with_the_weights_of_those_that_were_not(
     assert not list(tmp_path.iterdir())  # no backup is left
 
 
-class _Stops(keras.callbacks.Callback):
-    def __init__(self, after: int) -> None:
-        super().__init__()
-        self.steps = 0
-        self._after = after
-
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        self.steps += 1
-        if self.steps == self._after:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.filterwarnings("ignore:Your input ran out of data:UserWarning")  # Keras finds the end too late
 @pytest.mark.parametrize(("kill_at", "more"), [(4, True), (5, True), (9, False), (12, False), (13, True)])
 def test_an_epoch_of_keras_without_steps_is_foretold(kill_at: int, more: bool, tmp_path: Path) -> None:
     """Of 12 batches Keras takes 4 at a time; where it was interrupted, it looks for the end of the data 4 later."""
 
     def steps(after: int, epochs: int) -> int:
-        stops = _Stops(after)
+        taken: list[int] = []
+
+        def stop(step: int, logs: Any) -> None:
+            taken.append(step)
+            if len(taken) == after:
+                raise KeyboardInterrupt
+
         with keras_mp.PoolDataset(np.ones((24, 3)), lambda row: (row, 1.0), batch_size=2, workers=0) as data:
             model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
             model.compile("sgd", "mse")
-            backup = keras_mp.BackupAndRestore(data, tmp_path, 1)
+            callbacks = [
+                keras_mp.BackupAndRestore(data, tmp_path, 1),
+                keras.callbacks.LambdaCallback(on_train_batch_end=stop),
+            ]
             with contextlib.suppress(KeyboardInterrupt):
-                model.fit(data, epochs=epochs, steps_per_epoch=4, verbose=0, callbacks=[backup, stops])
-        return stops.steps
+                model.fit(data, epochs=epochs, steps_per_epoch=4, verbose=0, callbacks=callbacks)
+        return len(taken)
 
     assert steps(kill_at, 6) == kill_at
     if more:

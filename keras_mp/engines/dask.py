@@ -1,10 +1,10 @@
 """Loading on a Dask cluster: `pool=Client`, or the executor that `client.get_executor()` gives.
 
 The package is scattered to all workers once, and each keeps what it makes of it. It is no dependency of the tasks:
-Dask gives these to workers that have what they depend on, and drops all copies but one of what no task is waiting for
-(`ReduceReplicas` of its active memory manager), so that after a pause, or a worker's death, one worker would load
-everything. A worker that has no copy says so, and gets one with a task that is meant for it. Batches come back as the
-bytes of their arrays, straight from the worker where the client can reach it.
+Dask drops all copies but one of what no task is waiting for (`ReduceReplicas` of its active memory manager), and gives
+tasks to workers that have what they depend on, until others steal some. After each pause workers would be sent it and
+unpack it anew, while one loads. A worker that has no copy says so, and gets one with a task that is meant for it.
+Batches come back as the bytes of their arrays, straight from the worker where the client can reach it.
 
 Dask runs the tasks of a worker that died again, and gives a task up that has ended more workers than
 `distributed.scheduler.allowed-failures`. A package that went with the last worker is scattered anew. If its connection
@@ -84,11 +84,10 @@ class DaskBackend:
 
     def submit(self, load: Load, request: Request) -> Future[Any]:
         _, key, place = load.remotely
-        options = self._options
+        package, options = None, self._options
         if place.worker is not None:
-            options = {**options, "workers": [place.worker], "allow_other_workers": True}
-        package = () if place.worker is None else (place.future,)
-        task = self._client.submit(load_in_worker, key, place.future.key, request, *package, **options)
+            package, options = place.future, {**options, "workers": [place.worker], "allow_other_workers": True}
+        task = self._client.submit(load_in_worker, key, place.future.key, request, package, **options)
         future: Future[Any] = Future()
         future.add_done_callback(lambda done: self._give_up(task) if done.cancelled() else None)
         self._client.loop.add_callback(self._gather, task, future)
@@ -214,7 +213,7 @@ class _Task(NamedTuple):
     worker: str | None = None
 
 
-def load_in_worker(key: Key, name: str, request: Request, package: Package | None = None) -> Any:
+def load_in_worker(key: Key, name: str, request: Request, package: Package | None) -> Any:
     """Loads a batch in a worker of Dask's.
 
     Args:

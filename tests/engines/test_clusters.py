@@ -263,10 +263,13 @@ def _copies(dask_scheduler: Any) -> int:
     return sum(len(task.who_has) for key, task in dask_scheduler.tasks.items() if str(key).startswith("Package-"))
 
 
-def test_all_workers_load_after_a_pause_and_those_that_came_later(pools: Callable[[str], Any]) -> None:
+def test_workers_keep_the_source_over_a_pause_and_those_that_come_later_get_it(
+    pools: Callable[[str], Any], tmp_path: Path
+) -> None:
     client = pools("dask")
     client.wait_for_workers(2, timeout=60)
-    with keras_mp.PoolDataset(range(40), slow_where, batch_size=2, pool=client, max_queue_size=8) as dataset:
+    source = Counted(tmp_path, 20_000_000)  # 160 MB
+    with keras_mp.PoolDataset(source, slow_where, batch_size=2, pool=client, max_queue_size=8) as dataset:
 
         def all_load() -> bool:
             processes = set(np.unique(list(dataset)))  # of workers, or of those that they start beside themselves
@@ -275,6 +278,7 @@ def test_all_workers_load_after_a_pause_and_those_that_came_later(pools: Callabl
         list(dataset)
         assert eventually(lambda: client.run_on_scheduler(_copies) == 1, 60)  # Dask drops what no task waits for
         assert all_load()
+        assert {path.read_text() for path in tmp_path.iterdir()} == {"x"}  # none has unpickled it again
         _scale(client, 1)
         list(dataset)
         _scale(client, 2)

@@ -70,6 +70,12 @@ def test_a_stream_is_divided_as_by_shard(how: str) -> None:  # P2
         assert all(len(step) == len(set(step)) == 8 for epoch in process["trained"] for step in epoch)
 
 
+def test_of_a_stream_without_length_each_process_gets_every_other_batch() -> None:  # P1
+    for process in _train("stream-steps"):
+        for epoch in process["trained"]:
+            assert sorted(sample for step in epoch for sample in step) == list(range(22))
+
+
 def test_dividing_twice_is_refused() -> None:
     for process in _train("twice"):
         assert "auto_shard_dataset=False" in process["refused"]

@@ -41,14 +41,16 @@ keras.utils.set_random_seed(1)
 keras.distribution.set_distribution(keras.distribution.DataParallel(auto_shard_dataset=not how.endswith("by-hand")))
 model = consumed.model()
 census = consumed.Census()
-if how.startswith("stream"):
+if how == "stream-steps":
+    whole = stream(workers=1, length=None)
+elif how.startswith("stream"):
     whole = stream(workers=1)
 else:
     whole = consumed.dataset(shuffle=how != "plain", workers=1)
 with whole:
-    train = whole.shard(2, rank) if how in ("by-hand", "twice", "stream-by-hand") else whole
+    train = whole.shard(2, rank) if how == "twice" or how.endswith("by-hand") else whole
     try:
-        model.fit(train, epochs=3, verbose=0, callbacks=[census])
+        model.fit(train, epochs=3, steps_per_epoch=3 if how == "stream-steps" else None, verbose=0, callbacks=[census])
     except ValueError as error:
         print(json.dumps({"refused": str(error)}), flush=True)
     else:

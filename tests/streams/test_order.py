@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import pathlib
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import keras_mp
-from tests.shards import LENGTHS, TOTAL, Numbers, all_pairs, assert_equal, pairs, stream
+from tests.census import eventually
+from tests.shards import LENGTHS, TOTAL, Gated, Numbers, all_pairs, assert_equal, pairs, stream
 
 _EPOCHS = 2
 
@@ -40,7 +42,9 @@ def of_lanes(lengths: Sequence[int], lanes: int, batch_size: int) -> list[list[t
 
 
 @pytest.mark.parametrize("length", [None, TOTAL])
-@pytest.mark.parametrize("options", [{"workers": 3, "use_multiprocessing": False}, {"workers": 1}, {"workers": 3}])
+@pytest.mark.parametrize(
+    "options", [{"workers": 3, "use_multiprocessing": False}, *({"workers": workers} for workers in (1, 3, 8))]
+)
 def test_the_number_of_workers_makes_no_difference(
     options: dict[str, Any], length: int | None, reference: list[Any]
 ) -> None:
@@ -51,6 +55,26 @@ def test_the_number_of_workers_makes_no_difference(
 def test_nor_does_an_executor(processes: concurrent.futures.Executor, reference: list[Any]) -> None:
     with stream(pool=processes) as data:
         assert_equal([batch for _ in range(_EPOCHS) for batch in data], reference)
+
+
+def test_a_slow_shard_does_not_keep_other_lanes_from_working_ahead(
+    running_pool: keras_mp.WorkerPool, tmp_path: pathlib.Path
+) -> None:
+    log, gate = tmp_path / "opened", tmp_path / "gate"
+    with stream(shuffle=0) as data:
+        expected = list(data)
+    with (
+        stream(Gated(log, gate), shuffle=0, pool=running_pool) as data,
+        concurrent.futures.ThreadPoolExecutor(1) as consumer,
+    ):
+        batches = consumer.submit(list, data)
+        try:
+            # Shard 7 is opened for the second batch of lane 3, whose turn is after the second one of lane 0.
+            assert eventually(lambda: log.exists() and "7" in log.read_text().split(), 60)
+            assert not batches.done()
+        finally:
+            gate.touch()
+        assert_equal(batches.result(), expected)
 
 
 def test_each_sample_comes_once_in_an_epoch_and_epochs_differ(reference: list[Any]) -> None:
