@@ -49,7 +49,7 @@ class PoolDataset(LoadedDataset):
         use_multiprocessing: False: threads instead of processes. They share the source and the functions, and one that
             hangs cannot be ended: `close()` leaves it behind.
         max_queue_size: batches in flight, those ready but not yet taken included. None: two for each worker, but at
-            least ten.
+            least ten, and more of those that take less than 2 ms and travel several at a time.
         max_queue_bytes: bytes of the arrays in these batches, which may lower their number, but not below one. None: a
             quarter of the memory that is available when the dataset is made.
         on_error: what a failing sample does: "raise"; "skip", leave it out, which makes the batch smaller; "replace",
@@ -297,7 +297,7 @@ def parallelize(
         use_multiprocessing: False: threads instead of processes. They share the source and the functions, and one that
             hangs cannot be ended: `close()` leaves it behind.
         max_queue_size: batches in flight, those ready but not yet taken included. None: two for each worker, but at
-            least ten.
+            least ten, and more of those that take less than 2 ms and travel several at a time.
         max_queue_bytes: bytes of the arrays in these batches; as for `PoolDataset`.
         seed: seeds `random`, `numpy.random` and the generators that `py_dataset` holds before each batch, with its
             epoch and number. None: drawn once.

@@ -67,6 +67,8 @@ _ALL = (
     Loader("ours-export-empty", "to_tf_dataset(), arrays by keras_mp.empty", "loop", "ours:export_in_slot"),
     Loader("ours-dask", "keras_mp over Dask, fit(dataset)", "fit", "ours:over_dask", extra=True),
     Loader("ours-ray", "keras_mp over Ray, fit(dataset)", "fit", "ours:over_ray", extra=True),
+    Loader("dask", "Dask alone, client.submit", "loop", "clusters:dask", extra=True),
+    Loader("ray", "Ray alone, ray.get", "loop", "clusters:ray", extra=True),
     Loader("ours-iter", "keras_mp, iter(dataset)", "loop", "ours:dataset", extra=True),
 )
 

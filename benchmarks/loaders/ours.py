@@ -9,6 +9,7 @@ import keras  # noqa: F401 - keras_mp imports it on first use, and the peers' im
 import keras_mp
 from benchmarks.folders import Folder
 from benchmarks.loaders import Feed
+from benchmarks.loaders.clusters import local_dask
 from benchmarks.tars import BATCH_SIZE, Tars, decode, read
 from benchmarks.work import Fill, Samples, Work
 
@@ -19,7 +20,7 @@ def _augmented(augment: Any, sample: Any) -> Any:
 
 
 def _dataset(work: Work, workers: int, pool: Any = None, in_slot: bool = False) -> Any:
-    options: dict[str, Any] = {"workers": workers, "max_queue_size": max(10, 2 * workers), "pool": pool}
+    options: dict[str, Any] = {"workers": workers, "pool": pool}
     if isinstance(work, Folder):
         transform = None if work.augment is None else functools.partial(_augmented, work.augment)
         return keras_mp.image_dataset_from_directory(
@@ -47,13 +48,8 @@ def in_slot(work: Work, workers: int, epochs: int) -> Feed:
 
 
 def over_dask(work: Work, workers: int, epochs: int) -> Feed:
-    """Over a cluster of as many processes on this machine, which talk through TCP on loopback."""
-    from distributed import Client, LocalCluster
-
-    cluster = LocalCluster(
-        n_workers=workers, threads_per_worker=1, processes=True, protocol="tcp", dashboard_address=":0"
-    )
-    client = Client(cluster)
+    """Over a cluster of as many processes on this machine."""
+    cluster, client = local_dask(workers)
     data = _dataset(work, workers, client)
 
     def close() -> None:

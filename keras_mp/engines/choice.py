@@ -24,6 +24,7 @@ from keras_mp.loading.recording import Recorder
 from keras_mp.memory.system import missing_for_workers
 
 _LEAST_IN_FLIGHT = 10
+_BUNDLES_IN_FLIGHT = 4  # so of batches that travel eight at a time there may be more than ten
 
 # A Dask client too, whose type is known only where Dask is installed.
 Pool = WorkerPool | concurrent.futures.Executor | Literal["keras", "ray"] | Any | None
@@ -148,7 +149,9 @@ class EngineChoice:
         """How much may be in flight, by the memory that is available now, unless the user says it."""
         if self.is_inline:
             return NONE_AHEAD
-        return Limit(self.queue_size, max(2, self.workers), self.max_queue_bytes or available_memory() // 4)
+        nbytes = self.max_queue_bytes or available_memory() // 4
+        bundles = 0 if self.max_queue_size else _BUNDLES_IN_FLIGHT
+        return Limit(self.queue_size, max(2, self.workers), nbytes, bundles)
 
     @property
     def shares_pool(self) -> bool:

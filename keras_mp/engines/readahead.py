@@ -28,17 +28,19 @@ class Limit:
         batches: at most, finished ones included; 0: nothing is asked for ahead.
         at_first: batches, as long as their size is not known.
         bytes: of their arrays. One batch may always be in flight.
+        bundles: so many may be, should they hold more than `batches`.
     """
 
     batches: int
     at_first: int
     bytes: int
+    bundles: int = 0
 
-    def depth(self, batch_bytes: int | None) -> int:
-        """How many batches of that size may be."""
+    def depth(self, batch_bytes: int | None, bundle_size: int = 1) -> int:
+        """How many batches of that size may be, so many of which travel together."""
         if batch_bytes is None:
             return min(self.batches, self.at_first)
-        return min(self.batches, max(1, self.bytes // max(1, batch_bytes)))
+        return min(max(self.batches, self.bundles * bundle_size), max(1, self.bytes // max(1, batch_bytes)))
 
 
 NONE_AHEAD = Limit(0, 0, 0)
@@ -81,7 +83,7 @@ class ReadAhead:
         if not self._ahead:
             self._fill(max(1, self._depth()))
         _, handle = self._ahead.popleft()
-        depth = self._limit.depth(engine.batch_bytes)
+        depth = self._depth()
         missing = depth - len(self._ahead)
         if missing > 0 and missing >= min(engine.bundle_size, depth * 4 // 5):  # several at a time
             self._fill(missing)
@@ -134,7 +136,8 @@ class ReadAhead:
         return self._engine
 
     def _depth(self) -> int:
-        return self._limit.depth(self._open().batch_bytes)
+        engine = self._open()
+        return self._limit.depth(engine.batch_bytes, engine.bundle_size)
 
     def _fill(self, count: int) -> None:
         if requests := list(itertools.islice(self._requests, count)):

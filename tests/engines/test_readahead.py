@@ -99,6 +99,20 @@ def test_small_batches_are_requested_several_at_a_time() -> None:
     assert min(pending) == 7
 
 
+def test_more_may_be_in_flight_of_those_that_travel_together() -> None:
+    engine = _Engine()
+    ahead = ReadAhead(engine, _requests(*range(100)), Limit(10, 10, 1 << 30, bundles=4))
+    ahead.start()
+    assert len(engine.pending) == 10
+    engine.bundle_size, engine.batch_bytes = 8, 1 << 10  # as it turns out
+    pending = []
+    for _ in range(60):
+        ahead.next()
+        pending.append(len(engine.pending))
+    assert max(pending) == 32
+    assert min(pending[3:]) == 25
+
+
 def test_depth_0_reads_nothing_ahead() -> None:
     engine = _Engine()
     ahead = ReadAhead(engine, _requests(*range(10)), _limit(0))

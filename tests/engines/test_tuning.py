@@ -110,14 +110,17 @@ def test_another_word_is_no_number_of_workers() -> None:
         keras_mp.PoolDataset(range(8), workers="all")  # type: ignore[arg-type]
 
 
-@given(st.integers(1, 50), st.integers(1, 50), st.integers(1, 1000), st.integers(0, 2000))
+_small = st.integers(0, 8)
+
+
+@given(st.integers(1, 50), st.integers(1, 50), st.integers(1, 1000), st.integers(0, 2000), _small, _small)
 def test_bytes_lower_the_number_of_batches_in_flight_but_not_below_one(
-    batches: int, at_first: int, nbytes: int, size: int
+    batches: int, at_first: int, nbytes: int, size: int, bundles: int, bundle_size: int
 ) -> None:
-    limit = Limit(batches, at_first, nbytes)
-    assert limit.depth(None) == min(batches, at_first)
-    depth = limit.depth(size)
-    assert 1 <= depth <= batches
+    limit = Limit(batches, at_first, nbytes, bundles)
+    assert limit.depth(None, bundle_size) == min(batches, at_first)
+    depth = limit.depth(size, bundle_size)
+    assert 1 <= depth <= max(batches, bundles * bundle_size)
     assert depth == 1 or depth * size <= nbytes
 
 
