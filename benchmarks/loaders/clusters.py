@@ -11,7 +11,9 @@ from benchmarks.work import Work
 class _Ahead:
     """An epoch of which `in_flight` batches are submitted ahead."""
 
-    def __init__(self, batches: int, in_flight: int, submit: Callable[[int], Any], result: Callable[[Any], Any]) -> None:
+    def __init__(
+        self, batches: int, in_flight: int, submit: Callable[[int], Any], result: Callable[[Any], Any]
+    ) -> None:
         self._batches, self._in_flight = batches, in_flight
         self._submit, self._result = submit, result
 
