@@ -1,8 +1,9 @@
-"""Trainings with `BackupAndRestore`, which can kill their process; prints the steps and the final weights of each.
+"""Trainings with `BackupAndRestore`, which can kill their process: the steps and final weights of each, or "killed".
 
     python resumable.py "BACKUP [OPTIONS]" ...
 
-They run one after the other, as the import of Keras takes longer than a training.
+One after the other, each in a fork of this process, which has started nothing, but imported Keras, and TensorFlow, as
+`set_random_seed` does on every backend: the imports take longer than a training.
 """
 
 from __future__ import annotations
@@ -76,6 +77,19 @@ def train(arguments: argparse.Namespace) -> None:
         print(killer.steps, data.epoch, *[value.tobytes().hex() for value in fitted.get_weights()])
 
 
+def run(arguments: argparse.Namespace) -> None:
+    """Trains in a process of its own, which must end well or be killed where it is to be."""
+    if (pid := os.fork()) == 0:
+        train(arguments)
+        sys.exit()
+    exit_code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if arguments.kill_at and exit_code == -signal.SIGKILL:
+        print("killed", flush=True)
+    elif arguments.kill_at or exit_code:
+        sys.exit(f"exit code {exit_code} of {arguments}")
+
+
 if __name__ == "__main__":
+    keras.utils.set_random_seed(5)
     for line in sys.argv[1:]:
-        train(parser.parse_args(shlex.split(line)))
+        run(parser.parse_args(shlex.split(line)))
