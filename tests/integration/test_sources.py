@@ -60,13 +60,18 @@ def _columns() -> dict[str, Any]:
     return {"x": [[float(number)] * 3 for number in range(_COUNT)], "y": [number**2 for number in range(_COUNT)]}
 
 
+def _on_arrow(name: str) -> Any:
+    """A package that needs pyarrow, which cannot be imported beside NumPy 1."""
+    return pytest.importorskip(name, exc_type=ImportError)
+
+
 def _hugging_face(folder: Path) -> Any:
-    return pytest.importorskip("datasets").Dataset.from_dict(_columns())
+    return _on_arrow("datasets").Dataset.from_dict(_columns())
 
 
 def _hugging_face_on_disk(folder: Path) -> Any:
     _hugging_face(folder).save_to_disk(folder / "rows")
-    return pytest.importorskip("datasets").load_from_disk(folder / "rows").with_format("numpy")
+    return _on_arrow("datasets").load_from_disk(folder / "rows").with_format("numpy")
 
 
 def _hugging_face_of_torch(folder: Path) -> Any:
@@ -283,13 +288,15 @@ def _open_text(folder: Path) -> tuple[Any, Any]:
 
 
 def _open_in_torch(folder: Path) -> tuple[Any, Any]:
+    data = pytest.importorskip("torch").utils.data
     source, file = _open_file(folder)
-    return pytest.importorskip("torch").utils.data.Subset(source, range(4)), file
+    return data.Subset(source, range(4)), file
 
 
 def _open_in_grain(folder: Path) -> tuple[Any, Any]:
+    grain = pytest.importorskip("grain")
     source, file = _open_file(folder)
-    return pytest.importorskip("grain").MapDataset.source(source).map(lambda sample: sample), file
+    return grain.MapDataset.source(source).map(lambda sample: sample), file
 
 
 _OPEN = {
@@ -335,7 +342,7 @@ def _tables() -> dict[str, Callable[[], Any]]:
     return {
         "pandas": lambda: pytest.importorskip("pandas").DataFrame(columns),
         "polars": lambda: pytest.importorskip("polars").DataFrame(columns),
-        "Arrow": lambda: pytest.importorskip("pyarrow").table(columns),
+        "Arrow": lambda: _on_arrow("pyarrow").table(columns),
         "column of pandas": lambda: pytest.importorskip("pandas").Series([1, 2], index=[7, 8]),
     }
 
