@@ -24,9 +24,9 @@ import numpy as np
 
 import keras_mp
 
-VOCABULARY = 2000
+VOCABULARY = 1000
 LONGEST = 128  # words of a paragraph that are used
-BOUNDARIES = [9, 17, 33, 65, LONGEST + 1]  # a bucket holds lengths below its boundary: up to 8, 16, 32, 64, 128 words
+BOUNDARIES = [17, 49, LONGEST + 1]  # a bucket holds lengths below its boundary: up to 16, 48 and 128 words
 
 PARAGRAPHS = [part for text in topics.values() for part in text.split("\n\n") if len(part.split()) > 1]
 
@@ -58,9 +58,9 @@ def make_model() -> keras.Model:
     model = keras.Sequential(
         [
             CountsCompilations(),
-            layers.Embedding(VOCABULARY, 64),
-            layers.Conv1D(64, 4, padding="causal", activation="relu"),
-            layers.Conv1D(64, 5, padding="causal", activation="relu"),
+            layers.Embedding(VOCABULARY, 32),
+            layers.Conv1D(32, 4, padding="causal", activation="relu"),
+            layers.Conv1D(32, 5, padding="causal", activation="relu"),
             layers.Dense(VOCABULARY),
         ]
     )
@@ -91,7 +91,7 @@ def main() -> None:
     print(f"{len(PARAGRAPHS)} paragraphs, {sum(counts.values())} words, {len(counts)} of them different\n")
 
     # Lengths by a function: the workers evaluate it, once for each paragraph.
-    buckets = keras_mp.Buckets(lambda index: len(words(PARAGRAPHS[index])), BOUNDARIES, max_tokens=2048)
+    buckets = keras_mp.Buckets(lambda index: len(words(PARAGRAPHS[index])), BOUNDARIES, max_tokens=3072)
     options: dict[str, Any] = {
         "transform": functools.partial(tokenise, vocabulary=vocabulary),
         "shuffle": True,
@@ -100,7 +100,7 @@ def main() -> None:
     }
     print(f"{'':16}{'batches':>8}{'shapes':>8}{'compilations':>14}{'padding':>10}{'seconds':>9}{'loss':>8}")
     longest, in_steps = keras_mp.pad(), keras_mp.pad(multiple_of=16)
-    with keras_mp.PoolDataset(PARAGRAPHS, collate=longest, batch_size=32, **options) as mixed:
+    with keras_mp.PoolDataset(PARAGRAPHS, collate=longest, batch_size=48, **options) as mixed:
         train("without buckets", mixed)
     with keras_mp.PoolDataset(PARAGRAPHS, collate=in_steps, buckets=buckets, **options) as alike:
         train("with buckets", alike)

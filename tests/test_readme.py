@@ -13,7 +13,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 _README = (_ROOT / "README.md").read_text(encoding="utf-8")
 _PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _BLOCKS = _PYTHON.findall(_README)
-# A page each of whose blocks is a script of its own, for another package: torch, of these, is not installed by CI.
+# A page each of whose blocks is a script of its own, for another package.
 _SOURCES = _PYTHON.findall((_ROOT / "docs" / "sources.md").read_text(encoding="utf-8"))
 _GUIDES = [path for path in sorted((_ROOT / "docs").rglob("*.md")) if _PYTHON.search(path.read_text(encoding="utf-8"))]
 _GUIDES.remove(_ROOT / "docs" / "sources.md")

@@ -63,6 +63,7 @@ _ALL = (
     Loader("webdataset", "WebDataset, WebLoader", "loop", "streams:webdataset"),
     Loader("ours-fit", "keras_mp, fit(dataset)", "fit", "ours:dataset"),
     Loader("ours-export", "keras_mp, to_tf_dataset()", "loop", "ours:export"),
+    Loader("ours-fit-export", "fit(dataset.to_tf_dataset())", "fit", "ours:export", extra=True),
     Loader("ours-fit-empty", "the same, arrays by keras_mp.empty", "fit", "ours:in_slot"),
     Loader("ours-export-empty", "to_tf_dataset(), arrays by keras_mp.empty", "loop", "ours:export_in_slot"),
     Loader("ours-dask", "keras_mp over Dask, fit(dataset)", "fit", "ours:over_dask", extra=True),
