@@ -19,6 +19,7 @@ from keras_mp.engines.futures import FuturesEngine, Job
 from keras_mp.engines.isolation import ThreadIsolation, ThreadLoader
 from keras_mp.errors import PoolClosed, warn_user
 from keras_mp.loading.base import Loader
+from keras_mp.loading.per_worker import close_those_of_this_thread
 from keras_mp.loading.stalls import STALL_S, describe_stall, stack_of
 
 _JOIN_TIMEOUT_S = 2.0  # what the threads get to finish batches that nobody wants any more
@@ -118,6 +119,7 @@ def _serve(jobs: _Queue, running: dict[int, Job]) -> None:
         running[thread] = job
         job.run(functools.partial(loader.load, report_position=job.report))
         del running[thread], item, job, loader  # a batch must not live on until the next one is requested
+    close_those_of_this_thread()
 
 
 def _end_threads(isolation: ThreadIsolation, jobs: _Queue, count: int) -> None:

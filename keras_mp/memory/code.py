@@ -80,6 +80,8 @@ def _source_in_memory(filename: str) -> str | None:
         return _command_line()[0]
     if os.path.isabs(filename) and os.path.isfile(filename):
         return None
+    if filename == "<string>":  # what is told apart above; Python 3.13 has the command line's source by this name
+        return None
     return "".join(linecache.getlines(filename)) or None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -83,6 +83,40 @@ def test_a_database_is_opened_by_the_workers_that_read_it(tmp_path: Path) -> Non
 
     with keras_mp.PoolDataset(range(20), square, batch_size=5, workers=2) as dataset:
         assert np.concatenate(list(dataset)).tolist() == [number**2 for number in range(20)]
+
+
+class OfThread:
+    """What only the thread may close that has opened it."""
+
+    opened: ClassVar[list[OfThread]] = []
+
+    def __init__(self) -> None:
+        self.thread = threading.current_thread()
+        self.is_closed = False
+        self.opened.append(self)
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> int:
+        return range(16)[index]
+
+    def close(self) -> None:
+        if threading.current_thread() is not self.thread:
+            raise RuntimeError("not this thread's")
+        self.is_closed = True
+
+
+def test_each_thread_closes_its_own_when_it_ends() -> None:
+    OfThread.opened.clear()
+    source = keras_mp.PerWorker(OfThread)
+    with keras_mp.PoolDataset(source, batch_size=2, workers=2, use_multiprocessing=False) as dataset:
+        assert len(list(dataset)) == 8
+        assert len({each.thread for each in OfThread.opened}) > 1
+    assert eventually(lambda: all(each.is_closed for each in OfThread.opened))
+    assert source[3] == 3  # this thread's, which lives on
+    del source, dataset
+    assert eventually(lambda: all(each.is_closed for each in OfThread.opened))
 
 
 def test_its_length_may_be_that_of_its_first_axis() -> None:
