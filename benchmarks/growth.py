@@ -7,7 +7,6 @@ Each line is measured in a fresh process, in a plain loop over the dataset: no f
 """
 
 import argparse
-import itertools
 import json
 import os
 import statistics
@@ -27,7 +26,7 @@ import keras_mp
 from benchmarks.memory import measure
 
 _RESULT = Path(__file__).parent / "results" / "growth.md"
-_TAKEN = 300  # batches that are timed
+_TAKEN = 2000  # batches that are timed
 _GIB = 1 << 30
 
 
@@ -73,14 +72,15 @@ def _here() -> dict[str, float]:
 
 
 def _cost(batches: Iterator[Any], count: int) -> dict[str, float]:
-    """Median time between two batches, and the parent's processor time for one, in microseconds."""
-    times, cpu = [time.perf_counter()], time.process_time()
-    for _ in range(count):
-        next(batches)
-        times.append(time.perf_counter())
-    cpu = time.process_time() - cpu
-    gaps = [after - before for before, after in itertools.pairwise(times)]
-    return {"a batch, us": statistics.median(gaps) * 1e6, "parent's processor, us": cpu / count * 1e6}
+    """Time and the parent's processor time for a batch, in microseconds: the median of five stretches."""
+    times, cpu = [], []
+    for _ in range(5):
+        began, cpu_began = time.perf_counter(), time.process_time()
+        for _ in range(count // 5):
+            next(batches)
+        times.append((time.perf_counter() - began) / (count // 5))
+        cpu.append((time.process_time() - cpu_began) / (count // 5))
+    return {"a batch, us": statistics.median(times) * 1e6, "parent's processor, us": statistics.median(cpu) * 1e6}
 
 
 def workers(count: int) -> dict[str, float]:
@@ -89,12 +89,12 @@ def workers(count: int) -> dict[str, float]:
         batches = iter(dataset)
         for _ in range(4 * count):
             next(batches)
-        return {**_cost(batches, max(_TAKEN, 8 * count)), **_here()}
+        return {**_cost(batches, max(300, 8 * count)), **_here()}
 
 
 def batch_bytes(nbytes: int) -> dict[str, float]:
     """Batches that are filled and nothing else, by two workers."""
-    count = max(12, min(_TAKEN, 8 * _GIB // nbytes))
+    count = max(15, min(_TAKEN, 8 * _GIB // nbytes))
     with keras_mp.parallelize(Filled(nbytes, 3 * count), workers=2) as dataset:
         batches = iter(dataset)
         for _ in range(count):
@@ -108,7 +108,7 @@ def source_length(count: int) -> dict[str, float]:
     """A shuffled source of so many samples, 32 in a batch."""
     begin = time.perf_counter()
     with keras_mp.PoolDataset(Range(count), batch_size=32, shuffle=True, seed=0, workers=2) as dataset:
-        batches = (batch for _ in range(1000) for batch in dataset)
+        batches = (batch for _ in range(10**4) for batch in dataset)
         next(batches)
         first = time.perf_counter() - begin
         for _ in range(100):
@@ -119,7 +119,7 @@ def source_length(count: int) -> dict[str, float]:
 def epochs(count: int) -> dict[str, float]:
     """After so many epochs of 20 batches; the cost is that of the last ones."""
     with keras_mp.PoolDataset(Range(640), batch_size=32, shuffle=True, seed=0, workers=2) as dataset:
-        batches = (batch for _ in range(count + 20) for batch in dataset)
+        batches = (batch for _ in range(count + _TAKEN) for batch in dataset)
         for _ in range(20 * count):
             next(batches)
         return {**_cost(batches, _TAKEN), **_here()}

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keras_mp.plan.shuffle import keyed_permutation
+from keras_mp.plan.shuffle import keyed_permutation, shuffled
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,14 @@ def test_keyed_permutation_is_one_to_one_at_any_length(length: int, data: st.Dat
     assert len(set(result.tolist())) == len(positions)
     one_by_one = [int(keyed_permutation(np.array([position]), length, 1, 2)[0]) for position in positions]
     assert result.tolist() == one_by_one
+
+
+@given(st.integers((1 << 20) + 1, 2**62), st.data())
+def test_a_part_of_the_permutation_is_that_of_the_whole(length: int, data: st.DataObject) -> None:
+    count = data.draw(st.integers(0, 3000))
+    start = data.draw(st.sampled_from([0, 1000, length - count]) | st.integers(0, length - count))
+    part = shuffled(start, start + count, length, 3, 4)
+    assert part.tolist() == keyed_permutation(np.arange(start, start + count), length, 3, 4).tolist()
 
 
 def _chi_square_limit(cells: int) -> float:
