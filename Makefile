@@ -12,8 +12,8 @@ ON_EACH_BACKEND := tests/integration -m "not any_backend"
 BIN := $(VENV)/bin
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# Else pip compiles all modules of all packages, for a minute and more; Python compiles those that are imported.
-export PIP_COMPILE := 0
+# Python keeps what it has compiled, whatever it is told elsewhere: the tests start hundreds of processes.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help demo test bench docs format clean
 
