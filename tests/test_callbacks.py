@@ -96,7 +96,7 @@ def test_a_drawn_seed_is_shown_and_taken_over() -> None:
 
 def train(*runs: str, backend: str) -> list[list[str]]:
     """The words that the script says of each run."""
-    done = run([sys.executable, _SCRIPT, *runs], {"KERAS_BACKEND": backend}, timeout_s=280)
+    done = run([sys.executable, _SCRIPT, *runs], {"KERAS_BACKEND": backend}, timeout_s=800)
     return [line.split() for line in done.stdout.splitlines()]
 
 
@@ -130,20 +130,18 @@ def test_killed_fits_end_with_the_weights_of_those_that_were_not(
     if importlib.util.find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")
     monkeypatch.chdir(tmp_path)
-    lines, kills = list[str](), 0
-    for number, (options, *_, killed_at) in enumerate(_RUNS[backend]):
-        lines += [f"killed-{number} {options} --kill-at {kill_at}" for kill_at in killed_at]
-        kills += len(killed_at)
-    for number, (options, *_) in enumerate(_RUNS[backend]):
-        lines += [f"whole-{number} {options}", f"killed-{number} {options} --workers 1"]
-    said = train(*lines, backend=backend)
-    assert said[:kills] == [["killed"]] * kills
-    ended = iter(said[kills:])
-    for options, *steps, _ in _RUNS[backend]:
-        (all_steps, *expected), (left, *weights) = next(ended), next(ended)
-        assert [int(all_steps), int(left)] == steps, options
-        assert weights == expected, options
-    assert not list(ended)
+    options = [options for options, *_ in _RUNS[backend]]
+    killed = [
+        f"killed-{run} {options[run]} --kill-at {at}" for run, (*_, kills) in enumerate(_RUNS[backend]) for at in kills
+    ]
+    whole = [f"whole-{run} {each}" for run, each in enumerate(options)]
+    resumed = [f"killed-{run} {each} --workers 1" for run, each in enumerate(options)]
+    said = iter(train(*killed, *whole, *resumed, backend=backend))
+    assert [next(said) for _ in killed] == [["killed"]] * len(killed)
+    ends = [next(said) for _ in whole], list(said)
+    for (name, *steps, _), (all_steps, *expected), (left, *weights) in zip(_RUNS[backend], *ends, strict=True):
+        assert [int(all_steps), int(left)] == steps, name
+        assert weights == expected, name
     assert not list(tmp_path.iterdir())  # no backup is left
 
 

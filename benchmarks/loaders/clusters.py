@@ -33,17 +33,13 @@ def _load(work: Work, index: int) -> Any:
 
 def dask(work: Work, workers: int, epochs: int) -> Feed:
     """`client.submit` of a function whose first argument has been scattered."""
-    cluster, client = local_dask(workers)
+    client = dask_client(workers)
     placed = client.scatter(work, broadcast=True)
-
-    def close() -> None:
-        client.close()
-        cluster.close()
 
     def submit(index: int) -> Any:
         return client.submit(_load, placed, index, pure=False)
 
-    return Feed(_Ahead(len(work), _in_flight(workers), submit, lambda task: task.result()), close=close)
+    return Feed(_Ahead(len(work), _in_flight(workers), submit, lambda task: task.result()), close=client.close)
 
 
 def ray(work: Work, workers: int, epochs: int) -> Feed:
@@ -56,14 +52,11 @@ def ray(work: Work, workers: int, epochs: int) -> Feed:
     return Feed(ahead, close=ray.shutdown)
 
 
-def local_dask(workers: int) -> tuple[Any, Any]:
-    """A cluster of so many processes on this machine, which talk through TCP on loopback, and its client."""
-    from distributed import Client, LocalCluster
+def dask_client(workers: int) -> Any:
+    """Of a cluster of so many processes on this machine, which talk through TCP on loopback; closing it ends them."""
+    from distributed import Client
 
-    cluster = LocalCluster(
-        n_workers=workers, threads_per_worker=1, processes=True, protocol="tcp", dashboard_address=":0"
-    )
-    return cluster, Client(cluster)
+    return Client(n_workers=workers, threads_per_worker=1, processes=True, protocol="tcp", dashboard_address=":0")
 
 
 def _in_flight(workers: int) -> int:

@@ -9,7 +9,7 @@ import keras  # noqa: F401 - keras_mp imports it on first use, and the peers' im
 import keras_mp
 from benchmarks.folders import Folder
 from benchmarks.loaders import Feed
-from benchmarks.loaders.clusters import local_dask
+from benchmarks.loaders.clusters import dask_client
 from benchmarks.tars import BATCH_SIZE, Tars, decode, read
 from benchmarks.work import Fill, Samples, Work
 
@@ -49,13 +49,12 @@ def in_slot(work: Work, workers: int, epochs: int) -> Feed:
 
 def over_dask(work: Work, workers: int, epochs: int) -> Feed:
     """Over a cluster of as many processes on this machine."""
-    cluster, client = local_dask(workers)
+    client = dask_client(workers)
     data = _dataset(work, workers, client)
 
     def close() -> None:
         data.close()
         client.close()
-        cluster.close()
 
     return Feed(data, close=close)
 

@@ -43,13 +43,12 @@ class PerWorker:
         self._arguments = arguments
         self._close = close
         self._length: int | None = None
-        self._of_thread = threading.local()
 
     def __call__(self) -> Any:
         """The object, opened for this process and thread."""
         held = self._held
         if held is None:
-            held = self._of_thread.held = _Held(self._open_object(*self._arguments), self._close)
+            held = _of_this_thread()[self] = _Held(self._open_object(*self._arguments), self._close)
         return held.opened
 
     def __getitem__(self, index: int) -> Any:
@@ -71,16 +70,9 @@ class PerWorker:
         name = getattr(self._open_object, "__qualname__", repr(self._open_object))
         return f"PerWorker({', '.join([name, *map(repr, self._arguments)])})"
 
-    def __getstate__(self) -> dict[str, Any]:
-        names = ("_open_object", "_arguments", "_close", "_length")
-        return {name: getattr(self, name) for name in names}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _of_thread=threading.local())
-
     @property
     def _held(self) -> _Held | None:
-        held: _Held | None = getattr(self._of_thread, "held", None)
+        held = _of_this_thread().get(self)
         return held if held is not None and held.process == os.getpid() else None
 
 
@@ -91,15 +83,19 @@ class _Held:
         self.opened = opened
         self.process = os.getpid()
         self.close = weakref.finalize(self, _close_there, opened, close, self.process, threading.get_ident())
-        vars(_of_thread).setdefault("held", weakref.WeakSet()).add(self)
 
 
-_of_thread = threading.local()
+_local = threading.local()
+
+
+def _of_this_thread() -> weakref.WeakKeyDictionary[PerWorker, _Held]:
+    opened: weakref.WeakKeyDictionary[PerWorker, _Held] = vars(_local).setdefault("opened", weakref.WeakKeyDictionary())
+    return opened
 
 
 def close_those_of_this_thread() -> None:
-    """What a thread of ours does at its end: sooner than Python, and where its `threading.local` still works."""
-    for held in list(vars(_of_thread).get("held", ())):
+    """What a thread of ours does at its end: sooner than Python, and where `threading` still knows the thread."""
+    for held in list(_of_this_thread().values()):
         held.close()
 
 

@@ -80,7 +80,7 @@ def _source_in_memory(filename: str) -> str | None:
         return _command_line()[0]
     if os.path.isabs(filename) and os.path.isfile(filename):
         return None
-    if filename == "<string>":  # what is told apart above; Python 3.13 has the command line's source by this name
+    if filename == "<string>":  # of `exec` and others; Python 3.13 has the source of `python -c` by this name
         return None
     return "".join(linecache.getlines(filename)) or None
 

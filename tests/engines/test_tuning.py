@@ -124,6 +124,20 @@ def test_bytes_lower_the_number_of_batches_in_flight_but_not_below_one(
     assert depth == 1 or depth * size <= nbytes
 
 
+@pytest.mark.parametrize("given_size", [12, None])
+def test_more_tiny_batches_are_in_flight_where_no_number_is_given(
+    given_size: int | None, running_pool: keras_mp.WorkerPool
+) -> None:
+    ahead = []
+    with keras_mp.PoolDataset(range(600), batch_size=1, max_queue_size=given_size, pool=running_pool) as data:
+        for taken, _ in enumerate(data, 1):
+            if taken % 20 == 0:
+                assert eventually(lambda: data.stats().queued + data.stats().running == 0)
+                ahead.append(data.stats().loaded_batches - taken)
+    assert max(ahead) <= (given_size or 32)
+    assert given_size or max(ahead) > 12
+
+
 def _megabyte(index: int) -> npt.NDArray[Any]:
     return np.full(1 << 20, index, np.uint8)
 

@@ -109,7 +109,9 @@ def test_the_command_lines_traceback_shows_its_lines() -> None:
             def __call__(self, x):
                 return x / self.by  # on the command line
 
+        import linecache
         exec("def unrelated(x):\\n    return x / 0")
+        linecache.cache.setdefault("<string>", (2, None, ["of another\\n"] * 2, "<string>"))  # as Python 3.13 does
         for transform in Scale(0), unrelated:
             with keras_mp.PoolDataset(range(4), transform, batch_size=2, workers=1) as data:
                 try:

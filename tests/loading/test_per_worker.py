@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import gc
 import sqlite3
 import threading
+import weakref
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -117,6 +120,18 @@ def test_each_thread_closes_its_own_when_it_ends() -> None:
     assert source[3] == 3  # this thread's, which lives on
     del source, dataset
     assert eventually(lambda: all(each.is_closed for each in OfThread.opened))
+
+
+def test_what_only_a_thread_may_close_that_lives_on_is_let_go() -> None:
+    OfThread.opened.clear()
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        with keras_mp.PoolDataset(keras_mp.PerWorker(OfThread), batch_size=2, pool=threads) as dataset:
+            assert len(list(dataset)) == 8
+        held = [weakref.ref(each) for each in OfThread.opened if each.thread is not threading.current_thread()]
+        assert held
+        OfThread.opened.clear()
+        del dataset
+        assert eventually(lambda: gc.collect() >= 0 and not any(each() for each in held))  # and nobody is told of it
 
 
 def test_its_length_may_be_that_of_its_first_axis() -> None:
