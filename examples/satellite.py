@@ -210,7 +210,8 @@ def measure_in_fresh_process(loader: str, folder: Path, epochs: int, workers: in
         command += ["--workers", str(workers)]
     # Its own session: Keras's pool forks a process that runs TensorFlow's threads, which can hang for ever, and then
     # its forked workers have to be stopped with it.
-    process = subprocess.Popen(command, start_new_session=True)
+    quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", **os.environ}  # TensorFlow says much about GPUs that are not there
+    process = subprocess.Popen(command, env=quiet, start_new_session=True)
     try:
         process.wait(ROW_TIMEOUT_S)
     except subprocess.TimeoutExpired:
