@@ -3,6 +3,7 @@
 import argparse
 import datetime
 import sys
+import time
 from pathlib import Path
 
 from benchmarks import report
@@ -13,7 +14,7 @@ from benchmarks.summary import Summary
 from benchmarks.workloads import WORKLOADS, select
 
 _RESULTS = Path(__file__).parent / "results"
-_FULL_ROUNDS, _QUICK_ROUNDS = 5, 2
+_FULL_ROUNDS, _QUICK_ROUNDS = 3, 2
 
 
 def _arguments() -> argparse.Namespace:
@@ -49,12 +50,14 @@ def main() -> None:
     # A part of the workloads or loaders must not overwrite the results of them all.
     stem = args.name or ("quick" if args.quick else "full") + ("-part" if args.workloads or args.loaders else "")
     finished: list[Run] = []
+    began = time.monotonic()
 
     def tell(run: Run) -> None:
         finished.append(run)
         key = next(workload for workload in args.chosen if workload.name == run.workload).metric.key
         value = f"{run.numbers[key]:.4g}" if key in run.numbers else f"{run.status} {run.error}"
         print(f"[{len(finished)}/{len(pairs) * args.rounds}] {run.workload} {run.loader}: {value}", flush=True)
+        about["minutes"] = round((time.monotonic() - began) / 60)
         report.write(_RESULTS, stem, Summary(finished), about)  # an interrupted run keeps what it has
 
     summary = Summary(run_all(pairs, args.rounds, args.workers, args.quick, tell))

@@ -15,7 +15,7 @@ from benchmarks.targets import TARGETS
 from benchmarks.workloads import WORKLOADS
 
 _CPUINFO = Path("/proc/cpuinfo")
-_PACKAGES = ("keras", "tensorflow", "torch", "grain", "datasets", "numpy")
+_PACKAGES = ("keras", "tensorflow", "torch", "spdl", "grain", "datasets", "webdataset", "numpy")
 
 
 def machine() -> dict[str, Any]:
@@ -54,7 +54,7 @@ def to_markdown(summary: Summary, about: dict[str, Any]) -> str:
         "# Results",
         "",
         f"`{about['command']}`, {about['date']}, {about['workers']} workers (scale rows: their own number), "
-        f"{about['rounds']} rounds. Median and least to greatest over rounds; ratios are taken within each round.",
+        f"{about['rounds']} rounds in {about['minutes']} minutes. Median and least to greatest over rounds; ratios are taken within each round.",
         "",
         ", ".join(f"{key} {value}" for key, value in facts.items()),
         "",
