@@ -54,7 +54,8 @@ def to_markdown(summary: Summary, about: dict[str, Any]) -> str:
         "# Results",
         "",
         f"`{about['command']}`, {about['date']}, {about['workers']} workers (scale rows: their own number), "
-        f"{about['rounds']} rounds in {about['minutes']} minutes. Median and least to greatest over rounds; ratios are taken within each round.",
+        f"{about['rounds']} rounds in {about['minutes']} minutes. Median and least to greatest over rounds; "
+        "ratios are taken within each round.",
         "",
         ", ".join(f"{key} {value}" for key, value in facts.items()),
         "",
